@@ -1,0 +1,152 @@
+"""What the two back ends have in common: turn CUDA C++ into a library, and lend it arrays.
+
+This module knows neither back end; `convt_lab.gpu` and `convt_lab.simulator` implement it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from convt_lab.errors import CompileError, KernelError
+
+__all__ = ["KERNEL_FOLDER", "SOURCE_NAME", "Array", "Backend", "compile_error", "kernel_headers"]
+
+#: The stages' .cu files, and the headers that they share.
+KERNEL_FOLDER = Path(__file__).parent / "kernels"
+
+#: What compilers call the user's text in their messages.
+SOURCE_NAME = "kernel.cu"
+
+_FIRST_ERROR = re.compile(rf"{re.escape(SOURCE_NAME)}[:(](\d+)[):].*?error")
+
+
+def kernel_headers() -> list[Path]:
+    """Return the headers that every kernel may include: a part of every build's key."""
+    return sorted(KERNEL_FOLDER.glob("*.cuh"))
+
+
+def compile_error(compiler: str, output: str) -> CompileError:
+    """Make the error for a compiler's refusal, with the first line that it points at."""
+    match = _FIRST_ERROR.search(output)
+    return CompileError(
+        f"{compiler} refused the kernel:\n{output}", int(match[1]) if match else None
+    )
+
+
+@dataclass(frozen=True)
+class Array:
+    """A caller's array or tensor, as a launch sees it.
+
+    Attributes
+    ----------
+    name
+        The parameter it is passed for.
+    owner
+        The NumPy array or tensor itself, kept alive.
+    address, nbytes
+        Where its bytes are.
+    code
+        Its dtype in NumPy's letters, such as ``f4``; ``bf2`` for bfloat16.
+    writable
+        Whether the kernel may write it (it is not read-only).
+    device
+        ``cpu``, or the CUDA device.
+    """
+
+    name: str
+    owner: np.ndarray | torch.Tensor
+    address: int
+    nbytes: int
+    code: str
+    writable: bool
+    device: torch.device
+
+    @classmethod
+    def of(cls, name: str, value: np.ndarray | torch.Tensor) -> Array:
+        """Describe `value`; it must be contiguous, because a kernel sees plain memory."""
+        if isinstance(value, torch.Tensor):
+            if not value.is_contiguous():
+                raise ValueError(
+                    f"argument {name!r} is a non-contiguous tensor with strides {value.stride()}; "
+                    "pass value.contiguous()"
+                )
+            if value.layout != torch.strided:
+                raise TypeError(f"argument {name!r} has layout {value.layout}; pass a dense tensor")
+            code = _torch_code(value.dtype)
+            nbytes = value.numel() * value.element_size()
+            return cls(name, value, value.data_ptr(), nbytes, code, True, value.device)
+        if not value.flags.c_contiguous:
+            raise ValueError(
+                f"argument {name!r} is a non-contiguous array with strides {value.strides}; "
+                "pass numpy.ascontiguousarray(value)"
+            )
+        if value.dtype.hasobject or value.dtype.names:
+            raise TypeError(f"argument {name!r} has dtype {value.dtype}; pass an array of numbers")
+        if not value.dtype.isnative:
+            raise TypeError(f"argument {name!r} has dtype {value.dtype}; pass native byte order")
+        code = f"{value.dtype.kind}{value.dtype.itemsize}"
+        cpu = torch.device("cpu")
+        writable = value.flags.writeable
+        return cls(name, value, value.ctypes.data, value.nbytes, code, writable, cpu)
+
+
+def _torch_code(dtype: torch.dtype) -> str:
+    if dtype is torch.bool:
+        return "b1"
+    if dtype is torch.bfloat16:
+        return "bf2"
+    kind = "c" if dtype.is_complex else "f" if dtype.is_floating_point else "i"
+    if kind == "i" and not dtype.is_signed:
+        kind = "u"
+    return f"{kind}{dtype.itemsize}"
+
+
+class Backend(ABC):
+    """Builds CUDA C++ and runs it somewhere."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, name: str, source: str) -> ctypes.CDLL:
+        """Compile `source` (or find it compiled) and load it.
+
+        Raises
+        ------
+        CompileError
+            If the compiler refuses the source.
+        BuildError
+            If the tools or the cache folder are not in order.
+        """
+
+    @abstractmethod
+    @contextmanager
+    def lend(self, arrays: Sequence[Array | None]) -> Iterator[list[int]]:
+        """Give every array an address that a kernel may use (None: a null pointer).
+
+        What the kernel wrote is in the caller's arrays when the context ends without an error.
+        """
+
+    @abstractmethod
+    def stream(self) -> int | None:
+        """Return the stream to launch on, as a pointer."""
+
+    @abstractmethod
+    def synchronize(self, library: ctypes.CDLL, kernel: str) -> None:
+        """Wait for the launches so far; raise `KernelError` if one of them failed."""
+
+    @abstractmethod
+    def error(self, library: ctypes.CDLL, code: int, kernel: str) -> KernelError:
+        """Make the exception for a launch that returned `code`."""
+
+    @abstractmethod
+    def max_shared_bytes(self) -> int:
+        """Return the largest dynamic shared memory of one block, in bytes."""

@@ -1,0 +1,88 @@
+// How Python starts a kernel that has no launcher of its own: one line per kernel, appended to its
+// source by program.py, makes two C functions, one that tells the kernel's parameter types and one
+// that launches it with arguments given by address. The types come from the compiler, so typedefs,
+// macros and `const` need no parsing.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+namespace convt_lab {
+
+// NumPy's codes: f4 is float, i8 a 64-bit integer, b1 a bool; V16 any other type of 16 bytes.
+template <class T>
+std::string scalar_code() {
+  const std::string size = std::to_string(sizeof(T));
+  if constexpr (std::is_same_v<T, bool>) return "b" + size;
+  if constexpr (std::is_floating_point_v<T>) return "f" + size;
+  if constexpr (std::is_integral_v<T>) return (std::is_signed_v<T> ? "i" : "u") + size;
+  return "V" + size;
+}
+
+template <class T>
+std::string type_code() {
+  if constexpr (std::is_pointer_v<T>) {
+    using Element = std::remove_pointer_t<T>;
+    const std::string prefix = std::is_const_v<Element> ? "*const " : "*";
+    if constexpr (std::is_void_v<Element>) {
+      return prefix + "V0";
+    } else {
+      return prefix + scalar_code<std::remove_cv_t<Element>>();
+    }
+  } else {
+    return scalar_code<std::remove_cv_t<T>>();
+  }
+}
+
+template <class... P>
+std::string signature(void (*)(P...)) {
+  std::string codes;
+  ((codes += type_code<P>() + ";"), ...);
+  return codes;
+}
+
+template <class... P, std::size_t... I>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                   [[maybe_unused]] void** arguments, cudaStream_t stream,
+                   std::index_sequence<I...>) {
+  constexpr std::size_t kAlwaysAllowed = 48 * 1024;
+  if (shared_bytes > kAlwaysAllowed) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(
+      *static_cast<std::remove_cv_t<P>*>(arguments[I])...);
+  return cudaGetLastError();
+}
+
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), const unsigned* grid, const unsigned* block,
+                   std::size_t shared_bytes, void** arguments, void* stream) {
+  return launch(kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
+                shared_bytes, arguments, static_cast<cudaStream_t>(stream),
+                std::index_sequence_for<P...>{});
+}
+
+}  // namespace convt_lab
+
+extern "C" const char* convt_lab_error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+// `symbol` names the C functions; `kernel` may be qualified with its namespace.
+#define CONVT_LAB_LAUNCHABLE(symbol, kernel)                                            \
+  extern "C" const char* convt_lab_signature_##symbol() {                               \
+    static const std::string signature = convt_lab::signature(kernel);                  \
+    return signature.c_str();                                                           \
+  }                                                                                     \
+  extern "C" int convt_lab_launch_##symbol(const unsigned* grid, const unsigned* block, \
+                                           std::size_t shared_bytes, void** arguments,  \
+                                           void* stream) {                              \
+    return convt_lab::launch(kernel, grid, block, shared_bytes, arguments, stream);     \
+  }

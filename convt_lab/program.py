@@ -1,0 +1,412 @@
+"""From CUDA C++ text to kernels that Python can call, on a GPU or on the simulator.
+
+`compile` takes any text with ``__global__`` functions; `Program.launch` starts one of them. A
+kernel needs no launcher of its own: a line for each is appended to the text (see
+``kernels/launch.cuh``), and the compiler tells the parameters' types. The text's own lines keep
+their numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from convt_lab.backend import Array, Backend
+from convt_lab.errors import KernelError
+from convt_lab.simulator import Simulator
+from convt_lab.simulator.translate import mask_comments_and_strings
+
+__all__ = ["Kernel", "Parameter", "Program", "backend_named", "compile"]
+
+BackendName = Literal["auto", "gpu", "simulator"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A kernel's parameter: its name in the source and its type as the compiler sees it.
+
+    `code` is NumPy's, such as ``f4`` or ``i8``; a pointer's is ``*f4`` or ``*const f4``.
+    """
+
+    name: str
+    code: str
+
+    @property
+    def is_pointer(self) -> bool:
+        """Whether an array is wanted."""
+        return self.code.startswith("*")
+
+    @property
+    def is_const(self) -> bool:
+        """Whether the kernel only reads through the pointer."""
+        return self.code.startswith("*const ")
+
+    @property
+    def element(self) -> str:
+        """The code of the value, or of what the pointer points to."""
+        return self.code.removeprefix("*").removeprefix("const ")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A ``__global__`` function that can be launched by name."""
+
+    name: str
+    symbol: str
+    parameters: tuple[Parameter, ...]
+
+
+@functools.cache
+def backend_named(name: str) -> Backend:
+    """Return the back end called `name`; ``auto`` stands for what can be used here."""
+    if name == "auto":
+        from convt_lab.gpu import find_toolkit
+
+        usable = torch.cuda.is_available() and find_toolkit() is not None
+        return backend_named("gpu" if usable else "simulator")
+    if name == "simulator":
+        return Simulator()
+    if name == "gpu":
+        from convt_lab.gpu import GPU
+
+        return GPU()
+    raise ValueError(f"backend={name!r}: must be 'auto', 'gpu' or 'simulator'")
+
+
+def compile(source: str, backend: BackendName = "auto", *, name: str = "kernel") -> Program:
+    """Compile CUDA C++ `source`.
+
+    Parameters
+    ----------
+    source
+        Any CUDA C++ text with ``__global__`` functions. It may include ``problem.cuh`` and standard
+        headers.
+    backend
+        ``"gpu"`` (nvcc, the current device), ``"simulator"`` (g++, the CPU), or ``"auto"``: the GPU
+        if there is one and nvcc to compile for it, else the simulator.
+    name
+        What to call the library, for messages and the build cache.
+
+    Returns
+    -------
+    Program
+
+    Raises
+    ------
+    CompileError
+        If the compiler refuses the source; `line` is the line in `source`.
+    BuildError
+        If a tool is missing or the build cache can't be written.
+    """
+    if not isinstance(source, str):
+        raise TypeError(f"source is a {type(source).__name__}; pass the CUDA C++ text as a str")
+    return _compile(source, backend_named(backend), name)
+
+
+@functools.lru_cache(maxsize=256)
+def _compile(source: str, backend: Backend, name: str) -> Program:
+    return Program(source, backend, name)
+
+
+class Program:
+    """Compiled CUDA C++.
+
+    Attributes
+    ----------
+    source
+        The text that was compiled.
+    backend
+        ``"gpu"`` or ``"simulator"``.
+    kernels
+        The kernels that `launch` can start, by name.
+    """
+
+    def __init__(self, source: str, backend: Backend, name: str):
+        self.source = source
+        self.backend = backend.name
+        self._backend = backend
+        declared = _declared_kernels(source)
+        lines = [f"CONVT_LAB_LAUNCHABLE({k.symbol}, {k.qualified})" for k in declared]
+        footer = "\n".join(['#line 1 "launchers"', '#include "launch.cuh"', *lines])
+        self.library = backend.build(name, f"{source}\n{footer}\n")
+        self.kernels: Mapping[str, Kernel] = MappingProxyType(
+            {k.name: self._kernel(k) for k in declared}
+        )
+
+    def __repr__(self) -> str:
+        return f"<Program on the {self.backend}: {', '.join(self.kernels) or 'no kernels'}>"
+
+    def launch(
+        self,
+        name: str,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        args: Sequence[Any],
+        shared_bytes: int = 0,
+        trace: bool = False,
+    ) -> None:
+        """Run a kernel and wait until its results are in the caller's arrays.
+
+        Parameters
+        ----------
+        name
+            The ``__global__`` function.
+        grid, block
+            Blocks in the grid and threads in a block: one to three integers.
+        args
+            One for each parameter: contiguous NumPy arrays or tensors for pointers (None is the
+            null pointer), numbers for the rest, converted to the declared type. Arrays are written
+            in place; on the GPU back end, those that are not on the GPU are copied there and back.
+        shared_bytes
+            Dynamic shared memory of a block, in bytes.
+        trace
+            Count what every warp does. Not built yet.
+
+        Raises
+        ------
+        KernelError
+            If the launch's configuration is refused or the kernel fails.
+        TypeError, ValueError
+            If the arguments don't fit the kernel's declaration.
+        """
+        if trace:
+            raise NotImplementedError("trace=True: the simulator does not count accesses yet")
+        kernel = self._find(name)
+        grid_size, block_size = _extent("grid", grid), _extent("block", block)
+        limit = self._backend.max_shared_bytes()
+        if not isinstance(shared_bytes, Integral) or not 0 <= shared_bytes <= limit:
+            raise ValueError(f"shared_bytes={shared_bytes!r}: must be an integer from 0 to {limit}")
+        values = _match_arguments(kernel, args)
+        arrays = [v for v in values if isinstance(v, Array)]
+        with self._backend.lend(arrays) as addresses:
+            remaining = iter(addresses)
+            storage = [
+                ctypes.c_void_p(next(remaining)) if isinstance(v, Array) else v for v in values
+            ]
+            pointers = [ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in storage]
+            start = getattr(self.library, f"convt_lab_launch_{kernel.symbol}")
+            code = start(
+                (ctypes.c_uint * 3)(*grid_size),
+                (ctypes.c_uint * 3)(*block_size),
+                ctypes.c_size_t(shared_bytes),
+                (ctypes.c_void_p * max(1, len(pointers)))(*pointers),
+                ctypes.c_void_p(self._backend.stream()),
+            )
+            if code != 0:
+                raise self._backend.error(self.library, code, name)
+            self._backend.synchronize(self.library, name)
+
+    def call(self, launcher: str, *args: Any) -> None:
+        """Call a launcher of the source's own (``extern "C" cudaError_t launcher(..., stream)``).
+
+        `args` are `Array` (a pointer), None (the null pointer) or ctypes values; the stream is
+        added.
+        """
+        arrays = [a for a in args if a is None or isinstance(a, Array)]
+        with self._backend.lend(arrays) as addresses:
+            remaining = iter(addresses)
+            values = [
+                ctypes.c_void_p(next(remaining)) if a is None or isinstance(a, Array) else a
+                for a in args
+            ]
+            code = getattr(self.library, launcher)(*values, ctypes.c_void_p(self._backend.stream()))
+            if code != 0:
+                raise self._backend.error(self.library, code, launcher)
+
+    def _kernel(self, declared: _Declared) -> Kernel:
+        tell = getattr(self.library, f"convt_lab_signature_{declared.symbol}")
+        tell.restype = ctypes.c_char_p
+        codes = tell().decode().split(";")[:-1]
+        names = declared.parameters
+        if len(names) != len(codes):  # a macro in the list: the compiler knows better
+            names = tuple(f"argument {i}" for i in range(len(codes)))
+        return Kernel(
+            declared.name,
+            declared.symbol,
+            tuple(Parameter(n, c) for n, c in zip(names, codes, strict=True)),
+        )
+
+    def _find(self, name: str) -> Kernel:
+        if name not in self.kernels:
+            known = ", ".join(map(repr, self.kernels)) or "none"
+            raise KernelError(
+                f"no kernel {name!r} to launch; the source has: {known} "
+                "(templates can't be launched by name: instantiate them in a kernel of your own)"
+            )
+        return self.kernels[name]
+
+
+# ---- What a launch is given --------------------------------------------------------------------
+
+_INTEGER_TYPES = {
+    "i1": ctypes.c_int8,
+    "i2": ctypes.c_int16,
+    "i4": ctypes.c_int32,
+    "i8": ctypes.c_int64,
+    "u1": ctypes.c_uint8,
+    "u2": ctypes.c_uint16,
+    "u4": ctypes.c_uint32,
+    "u8": ctypes.c_uint64,
+}
+_FLOAT_TYPES = {"f4": ctypes.c_float, "f8": ctypes.c_double}
+
+
+def _extent(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
+    sizes = (value,) if isinstance(value, Integral) else value
+    if (
+        not isinstance(sizes, Sequence)
+        or not 1 <= len(sizes) <= 3
+        or not all(isinstance(s, Integral) for s in sizes)
+    ):
+        raise ValueError(f"{name}={value!r}: must be one to three integers")
+    if any(not 1 <= s < 2**31 for s in sizes):
+        raise ValueError(f"{name}={value!r}: every size must be from 1 to {2**31 - 1}")
+    return tuple(int(s) for s in (*sizes, 1, 1, 1)[:3])
+
+
+def _match_arguments(kernel: Kernel, args: Sequence[Any]) -> list[Any]:
+    """Return `args` as arrays and ctypes values, checked against the kernel's declaration."""
+    wanted = kernel.parameters
+    if len(args) != len(wanted):
+        declared = ", ".join(f"{p.code} {p.name}" for p in wanted)
+        raise TypeError(
+            f"args has {len(args)} values; {kernel.name} takes {len(wanted)}: ({declared})"
+        )
+    return [
+        (_pointer if p.is_pointer else _number)(kernel, p, a)
+        for p, a in zip(wanted, args, strict=True)
+    ]
+
+
+def _pointer(kernel: Kernel, parameter: Parameter, value: Any) -> Any:
+    if value is None:
+        return ctypes.c_void_p(None)
+    if not isinstance(value, np.ndarray | torch.Tensor):
+        raise TypeError(
+            f"{kernel.name}: {parameter.name!r} is a pointer ({parameter.code}); "
+            f"pass a NumPy array or a tensor, not {type(value).__name__} {value!r}"
+        )
+    array = Array.of(parameter.name, value)
+    element = parameter.element
+    if not element.startswith("V") and array.code != element:
+        raise TypeError(
+            f"{kernel.name}: {parameter.name!r} points to {element}; "
+            f"the array passed has dtype {value.dtype}"
+        )
+    if not parameter.is_const and not array.writable:
+        raise ValueError(
+            f"{kernel.name}: {parameter.name!r} is written by the kernel (its pointer is not "
+            "const), and the array passed is read-only"
+        )
+    return array
+
+
+def _number(kernel: Kernel, parameter: Parameter, value: Any) -> Any:
+    code = parameter.code
+    problem = f"{kernel.name}: {parameter.name!r} is declared {code}"
+    if code == "b1":
+        if isinstance(value, bool | np.bool_):
+            return ctypes.c_bool(value)
+        raise TypeError(f"{problem}; pass a bool, not {type(value).__name__} {value!r}")
+    if code in _INTEGER_TYPES:
+        if not isinstance(value, Integral | np.bool_):
+            raise TypeError(f"{problem}; pass an integer, not {type(value).__name__} {value!r}")
+        bits = 8 * int(code[1])
+        low, high = (
+            (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if code[0] == "i" else (0, 2**bits - 1)
+        )
+        if not low <= value <= high:
+            raise ValueError(f"{problem}, which holds {low} to {high}; got {value}")
+        return _INTEGER_TYPES[code](int(value))
+    if code in _FLOAT_TYPES:
+        if not isinstance(value, Real):
+            raise TypeError(f"{problem}; pass a number, not {type(value).__name__} {value!r}")
+        return _FLOAT_TYPES[code](float(value))
+    raise TypeError(
+        f"{problem}: launch passes pointers, integers, float, double and bool; "
+        "give the kernel such parameters"
+    )
+
+
+# ---- What the source declares ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Declared:
+    name: str
+    qualified: str  # with its namespaces
+    symbol: str  # the same as one C identifier
+    parameters: tuple[str, ...]
+
+
+_TEMPLATE = re.compile(r"\btemplate\s*<[^;{}]*$")
+
+
+def _declared_kernels(source: str) -> list[_Declared]:
+    """Find the non-template ``__global__`` functions, with their namespaces and parameter names."""
+    code = mask_comments_and_strings(source)
+    found: dict[str, _Declared] = {}
+    position = 0
+    while (start := code.find("__global__", position)) >= 0:
+        position = start + len("__global__")
+        head, _, tail = code[position:].partition("{")
+        header = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", " ", head)
+        match = re.search(r"\bvoid\s+(?:__launch_bounds__\b\s*)?([A-Za-z_]\w*)\s*\(", header)
+        if match is None or not tail:
+            continue
+        scopes = _scopes(code[:start])
+        before = re.split(r"[;{}]", code[:start])[-1]
+        if scopes is None or _TEMPLATE.search(before):
+            continue
+        qualified = "::".join([*scopes, match[1]])
+        names = _parameter_names(header[match.end() :])
+        found[qualified] = _Declared(match[1], qualified, qualified.replace("::", "_"), names)
+    return list(found.values())
+
+
+def _scopes(before: str) -> list[str] | None:
+    """Return the named namespaces open at the end of `before`, or None inside anything else."""
+    open_scopes: list[str | None] = []
+    start = 0
+    for index, character in enumerate(before):
+        if character == "{":
+            opener = before[start:index].rstrip()
+            if match := re.search(r"\bnamespace\b([\w:\s]*)$", opener):
+                open_scopes.append("".join(match[1].split()))
+            else:
+                # A linkage block's string is blanked: `extern "C" {` reads as `extern`.
+                open_scopes.append("" if re.search(r"\bextern$", opener) else None)
+        elif character == "}" and open_scopes:
+            open_scopes.pop()
+        if character in ";{}":
+            start = index + 1
+    if None in open_scopes:
+        return None
+    return [scope for scope in open_scopes if scope]
+
+
+def _parameter_names(text: str) -> tuple[str, ...]:
+    """Return the names in a parameter list; `text` begins after its opening parenthesis."""
+    depth, current, parts = 0, "", []
+    for character in text:
+        if character == ")" and depth == 0:
+            break
+        depth += (character in "(<[") - (character in ")>]")
+        if character == "," and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            current += character
+    if current.strip() and current.strip() != "void":
+        parts.append(current)
+    names = [re.search(r"([A-Za-z_]\w*)\s*(?:\[[^\]]*\])?\s*$", part) for part in parts]
+    return tuple(match[1] if match else f"argument {i}" for i, match in enumerate(names))

@@ -1,0 +1,226 @@
+"""The back end that needs no GPU: builds CUDA C++ with g++ and runs a kernel's threads as fibers.
+
+The kernel's source is the one that nvcc gets. `translate` rewrites the two constructs that C++
+lacks, ``include/`` gives a meaning to CUDA's keywords and built-ins, and ``runtime.cpp`` runs the
+grid: blocks spread over the CPU's cores, a block's threads as stacks that one core switches between
+at barriers. It computes what a GPU computes, bit for bit where the kernel says which operations are
+fused (``fmaf``). It does not model time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from convt_lab.backend import SOURCE_NAME, Array, Backend, compile_error, kernel_headers
+from convt_lab.build import BuildError, cached_library
+from convt_lab.errors import KernelError
+from convt_lab.simulator.translate import mask_comments_and_strings, translate
+
+__all__ = ["Simulator", "find_compiler"]
+
+_FOLDER = Path(__file__).parent
+
+# -ffp-contract=off: what is fused is what the source calls fmaf. -fno-gnu-unique: statics of
+# templates (shared arrays) stay each library's own. -fno-strict-aliasing: kernels read floats through
+# float4*.
+_FLAGS = (
+    *("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-g1"),
+    *("-ffp-contract=off", "-fno-gnu-unique", "-fno-strict-aliasing", "-Wl,-Bsymbolic"),
+)
+
+
+def find_compiler() -> str | None:
+    """Return the path of the C++ compiler: ``CXX`` if set, else g++."""
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+@functools.cache
+def _compiler_version(compiler: str) -> str:
+    result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return result.stdout.partition("\n")[0]
+
+
+@functools.cache
+def _machine_flags() -> tuple[str, ...]:
+    """Let fmaf be one instruction where the processor has it; the result is the same either way."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ()
+    return ("-mfma",) if flags and "fma" in flags[1].split() else ()
+
+
+def _compile(
+    name: str,
+    source: str,
+    extra: Sequence[str],
+    headers: Mapping[str, str],
+    libraries: Sequence[Path] = (),
+) -> Path:
+    """Build C++ `source`, which may include `headers` (texts by name), into a cached library."""
+    compiler = find_compiler()
+    if compiler is None:
+        wanted = os.environ.get("CXX") or "g++"
+        raise BuildError(
+            f"no C++ compiler: {wanted!r} is not on PATH; install g++ or set CXX to a path"
+        )
+    flags = [*_FLAGS, *_machine_flags(), *extra]
+
+    def build(library: Path) -> None:
+        file = library.with_suffix(".cpp")
+        file.write_text(source)
+        for header, text in headers.items():
+            (library.parent / header).write_text(text)
+        command = [compiler, *flags, str(file), *map(str, libraries), "-o", str(library)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=library.parent
+        )
+        if result.returncode != 0:
+            raise compile_error("g++", result.stderr)
+
+    version = f"{compiler} {_compiler_version(compiler)} {platform.machine()}"
+    key = [source, " ".join(flags), version, *headers.values(), *map(str, libraries)]
+    return cached_library(name, key, build)
+
+
+@functools.cache
+def _runtime_path() -> Path:
+    header = {"runtime.h": (_FOLDER / "runtime.h").read_text()}
+    return _compile("runtime", (_FOLDER / "runtime.cpp").read_text(), [], header)
+
+
+@functools.cache
+def _runtime() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_runtime_path()))
+    library.cudasim_failure.restype = ctypes.POINTER(_Failure)
+    library.cudasim_allocate.restype = ctypes.c_void_p
+    library.cudasim_allocate.argtypes = [ctypes.c_size_t]
+    library.cudasim_release.argtypes = [ctypes.c_void_p]
+    return library
+
+
+class _Index(ctypes.Structure):
+    _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
+
+    def __str__(self) -> str:
+        return f"({self.x}, {self.y}, {self.z})"
+
+
+class _Failure(ctypes.Structure):
+    """``CudasimFailure`` of runtime.h."""
+
+    BAD_ACCESS = 1
+    BAD_CONFIGURATION = 5
+
+    _fields_ = [
+        ("kind", ctypes.c_int),
+        ("address", ctypes.c_uint64),
+        ("block", _Index),
+        ("thread", _Index),
+        ("text", ctypes.c_char * 256),
+    ]
+
+
+class Simulator(Backend):
+    """Runs kernels on the CPU."""
+
+    name = "simulator"
+
+    def __init__(self) -> None:
+        self._lent: list[tuple[str, int, int]] = []  # name, address, bytes of the launch under way
+
+    def build(self, name: str, source: str) -> ctypes.CDLL:
+        """Compile with g++ against the simulator's headers and runtime."""
+        # Float atomics give sums that depend on the order of the blocks: run those on one core, so
+        # that a kernel gives the same bits every time.
+        workers = 1 if re.search(r"\batomic[A-Z]", mask_comments_and_strings(source)) else 0
+        text = f'#include <cuda_runtime.h>\n#line 1 "{SOURCE_NAME}"\n{translate(source)}'
+        headers = {path.name: translate(path.read_text()) for path in kernel_headers()}
+        headers |= {path.name: path.read_text() for path in sorted(_FOLDER.glob("include/*.h"))}
+        headers["runtime.h"] = (_FOLDER / "runtime.h").read_text()
+        flags = ["-I.", f"-DCUDASIM_WORKERS={workers}"]
+        return ctypes.CDLL(str(_compile(name, text, flags, headers, [_runtime_path()])))
+
+    @contextmanager
+    def lend(self, arrays: Sequence[Array | None]) -> Iterator[list[int]]:
+        """Copy the arrays to memory among unmapped addresses, and back afterwards.
+
+        Arrays that overlap share one copy, so that aliasing is what it would be on a GPU.
+        """
+        runtime = _runtime()
+        present = sorted((a for a in arrays if a is not None), key=lambda array: array.address)
+        with ExitStack() as cleanup:
+            spans: list[list[int]] = []  # start, end, copy
+            for array in present:
+                if array.device.type != "cpu":
+                    raise ValueError(
+                        f"argument {array.name!r} is on {array.device}; "
+                        "the simulator takes CPU arrays"
+                    )
+                end = array.address + array.nbytes
+                if spans and array.address < spans[-1][1]:
+                    spans[-1][1] = max(spans[-1][1], end)
+                else:
+                    spans.append([array.address, end, 0])
+            for span in spans:
+                start, end, _ = span
+                span[2] = runtime.cudasim_allocate(end - start)
+                if not span[2]:
+                    raise MemoryError(f"the simulator could not allocate {end - start} bytes")
+                cleanup.callback(runtime.cudasim_release, span[2])
+                ctypes.memmove(span[2], start, end - start)
+
+            def copy_of(array: Array) -> int:
+                span = next(s for s in reversed(spans) if s[0] <= array.address)
+                return span[2] + array.address - span[0]
+
+            self._lent = [(a.name, copy_of(a), a.nbytes) for a in present]
+            yield [0 if a is None else copy_of(a) for a in arrays]
+            for array in present:
+                if array.writable and array.nbytes:
+                    ctypes.memmove(array.address, copy_of(array), array.nbytes)
+
+    def stream(self) -> None:
+        """Return the null stream: a simulated launch is over when it returns."""
+        return None
+
+    def synchronize(self, library: ctypes.CDLL, kernel: str) -> None:
+        """Return at once: see `stream`."""
+
+    def error(self, library: ctypes.CDLL, code: int, kernel: str) -> KernelError:
+        """Describe the failed launch: which thread did what to which buffer."""
+        failure = _runtime().cudasim_failure().contents
+        text = failure.text.decode()
+        if failure.kind == _Failure.BAD_CONFIGURATION:
+            return KernelError(f"{kernel} was not launched: {text}")
+        where = f"block {failure.block}, thread {failure.thread}"
+        if failure.kind == _Failure.BAD_ACCESS and failure.address:
+            text = f"{text}: {self._place(failure.address)}"
+        return KernelError(f"{kernel} stopped in {where}: {text}")
+
+    def _place(self, address: int) -> str:
+        """Say where `address` is relative to the nearest buffer of the launch."""
+
+        def distance(lent: tuple[str, int, int]) -> int:
+            _, start, nbytes = lent
+            return start - address if address < start else address - (start + nbytes)
+
+        if not self._lent or address < 4096:
+            return f"address {address:#x}" + (" (a null pointer)" if address < 4096 else "")
+        name, start, nbytes = min(self._lent, key=distance)
+        if address < start:
+            return f"{start - address} bytes before the start of {name!r}"
+        return f"{address - start - nbytes} bytes past the end of {name!r} ({nbytes} bytes)"
+
+    def max_shared_bytes(self) -> int:
+        """Return sm_90's limit; the runtime also counts the static arrays."""
+        return 227 * 1024

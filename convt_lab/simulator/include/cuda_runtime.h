@@ -1,0 +1,361 @@
+// CUDA C++ for g++: the part of the language and of the runtime API that teaching kernels use.
+//
+// The translation step (translate.py) rewrites only what g++ can't parse: `kernel<<<...>>>(...)`
+// and `extern __shared__`. Everything else is given its meaning here. Numbers follow the device's:
+// fmaf is fused, shared memory starts as NaN, min and max ignore NaN as fmin and fmax do.
+
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "runtime.h"
+
+// ---- Keywords ---------------------------------------------------------------------------------
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __shared__ static thread_local
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+#define CUDART_VERSION 13000
+
+// ---- Vector types -----------------------------------------------------------------------------
+
+#define CUDASIM_VECTOR(name, type, align2, align4)                            \
+  struct name##1 { type x; };                                                 \
+  struct alignas(align2) name##2 { type x, y; };                              \
+  struct name##3 { type x, y, z; };                                           \
+  struct alignas(align4) name##4 { type x, y, z, w; };                        \
+  inline name##1 make_##name##1(type x) { return {x}; }                       \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }            \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; } \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+
+using uchar = unsigned char;
+using ushort = unsigned short;
+using uint = unsigned int;
+CUDASIM_VECTOR(char, signed char, 2, 4)
+CUDASIM_VECTOR(uchar, unsigned char, 2, 4)
+CUDASIM_VECTOR(short, short, 4, 8)
+CUDASIM_VECTOR(ushort, unsigned short, 4, 8)
+CUDASIM_VECTOR(int, int, 8, 16)
+CUDASIM_VECTOR(uint, unsigned int, 8, 16)
+CUDASIM_VECTOR(float, float, 8, 16)
+CUDASIM_VECTOR(double, double, 16, 16)
+#undef CUDASIM_VECTOR
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
+  constexpr dim3(CudasimIndex v) : x(v.x), y(v.y), z(v.z) {}
+};
+
+// ---- Where a thread is ------------------------------------------------------------------------
+
+#define threadIdx (::cudasim_thread_index())
+#define blockIdx (::cudasim_block_index())
+#define blockDim (::cudasim_block_size())
+#define gridDim (::cudasim_grid_size())
+constexpr int warpSize = 32;
+
+// ---- Launching: kernel<<<grid, block, shared, stream>>>(args) becomes
+//      kernel % cudasim::config(grid, block, shared, stream)(args)
+//      ---------------------------------
+
+using cudaStream_t = struct CUstream_st*;
+
+namespace cudasim {
+
+template <class... A>
+struct Call {
+  dim3 grid, block;
+  std::size_t shared_bytes;
+  std::tuple<A&&...> arguments;
+};
+
+struct Config {
+  dim3 grid, block;
+  std::size_t shared_bytes;
+
+  template <class... A>
+  Call<A...> operator()(A&&... arguments) const {
+    return {grid, block, shared_bytes, std::forward_as_tuple(std::forward<A>(arguments)...)};
+  }
+};
+
+inline Config config(dim3 grid, dim3 block, std::size_t shared_bytes = 0, cudaStream_t = nullptr) {
+  return {grid, block, shared_bytes};
+}
+
+template <class... P>
+struct BoundKernel {
+  void (*kernel)(P...);
+  std::tuple<P...> arguments;
+
+  static void run(const void* self) {
+    const auto& bound = *static_cast<const BoundKernel*>(self);
+    std::apply(bound.kernel, bound.arguments);
+  }
+};
+
+template <class... P, class... A>
+void operator%(void (*kernel)(P...), Call<A...> call) {
+  static_assert(sizeof...(P) == sizeof...(A), "the kernel takes another number of arguments");
+  const BoundKernel<P...> bound{kernel, std::tuple<P...>(std::move(call.arguments))};
+  const CudasimLaunch launch{{call.grid.x, call.grid.y, call.grid.z},
+                             {call.block.x, call.block.y, call.block.z},
+                             call.shared_bytes,
+                             &BoundKernel<P...>::run,
+                             &bound,
+                             CUDASIM_WORKERS};
+  cudasim_launch(&launch);
+}
+
+// `extern __shared__ T name[];` outside a function.
+template <class T>
+struct DynamicShared {
+  operator T*() const { return static_cast<T*>(cudasim_dynamic_shared()); }
+};
+
+}  // namespace cudasim
+
+// ---- Barriers and warps -----------------------------------------------------------------------
+
+// The empty asm keeps the compiler from carrying values of memory across the wait.
+inline int cudasim_wait_for_block(int predicate) {
+  asm volatile("" ::: "memory");
+  const int count = cudasim_barrier(predicate);
+  asm volatile("" ::: "memory");
+  return count;
+}
+inline void __syncthreads() { cudasim_wait_for_block(0); }
+inline int __syncthreads_count(int predicate) { return cudasim_wait_for_block(predicate); }
+inline int __syncthreads_or(int predicate) { return cudasim_wait_for_block(predicate) != 0; }
+inline int __syncthreads_and(int predicate) { return cudasim_wait_for_block(!predicate) == 0; }
+
+namespace cudasim {
+
+struct Lanes {
+  std::uint64_t value[32];
+  std::uint32_t took_part;
+};
+
+template <class T>
+std::uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <class T>
+T from_bits(std::uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline Lanes exchange(unsigned mask, std::uint64_t bits) {
+  Lanes lanes;
+  asm volatile("" ::: "memory");
+  lanes.took_part = cudasim_exchange(mask, bits, lanes.value);
+  asm volatile("" ::: "memory");
+  return lanes;
+}
+
+inline int lane() {
+  const auto t = threadIdx;
+  const auto size = blockDim;
+  return static_cast<int>((t.x + size.x * (t.y + size.y * t.z)) % warpSize);
+}
+
+// The value of lane `from`; the own value where that lane is outside the segment (`valid` false)
+// or does not take part (undefined in CUDA).
+template <class T>
+T shuffle(unsigned mask, T value, int from, bool valid) {
+  const Lanes lanes = exchange(mask, to_bits(value));
+  if (!valid || from < 0 || from >= warpSize || (lanes.took_part >> from & 1) == 0) return value;
+  return from_bits<T>(lanes.value[from]);
+}
+
+}  // namespace cudasim
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+  const int base = cudasim::lane() / width * width;
+  return cudasim::shuffle(mask, value, base + (source & (width - 1)), true);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+  const int lane = cudasim::lane(), from = lane - static_cast<int>(delta);
+  return cudasim::shuffle(mask, value, from, from >= lane / width * width);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+  const int lane = cudasim::lane(), from = lane + static_cast<int>(delta);
+  return cudasim::shuffle(mask, value, from, from < (lane / width + 1) * width);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
+  const int lane = cudasim::lane(), from = lane ^ lane_mask;
+  return cudasim::shuffle(mask, value, from, from < (lane / width + 1) * width);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const auto lanes = cudasim::exchange(mask, predicate != 0);
+  unsigned ballot = 0;
+  for (int i = 0; i < warpSize; ++i) {
+    if ((lanes.took_part >> i & 1) && lanes.value[i]) ballot |= 1u << i;
+  }
+  return ballot;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { cudasim::exchange(mask, 0); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() { __threadfence(); }
+
+// ---- Arithmetic and memory intrinsics ---------------------------------------------------------
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
+inline int __float_as_int(float a) { return cudasim::from_bits<int>(cudasim::to_bits(a)); }
+inline unsigned __float_as_uint(float a) {
+  return cudasim::from_bits<unsigned>(cudasim::to_bits(a));
+}
+inline float __int_as_float(int a) { return cudasim::from_bits<float>(cudasim::to_bits(a)); }
+inline float __uint_as_float(unsigned a) { return cudasim::from_bits<float>(cudasim::to_bits(a)); }
+inline int __popc(unsigned a) { return __builtin_popcount(a); }
+inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(static_cast<unsigned>(a)); }
+inline int __ffs(int a) { return __builtin_ffs(a); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>((static_cast<std::uint64_t>(a) * b) >> 32);
+}
+inline unsigned __activemask() { return 1u << cudasim::lane(); }
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline long long min(long long a, long long b) { return a < b ? a : b; }
+inline long long max(long long a, long long b) { return a > b ? a : b; }
+inline std::size_t min(std::size_t a, std::size_t b) { return a < b ? a : b; }
+inline std::size_t max(std::size_t a, std::size_t b) { return a > b ? a : b; }
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+inline double min(double a, double b) { return fmin(a, b); }
+inline double max(double a, double b) { return fmax(a, b); }
+
+namespace cudasim {
+
+// Blocks of one launch may run on several cores, so atomics are atomic.
+template <class T, class F>
+T atomic_update(T* address, F update) {
+  using Bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
+  static_assert(sizeof(T) == sizeof(Bits), "atomics work on 4 and 8 bytes");
+  auto* bits = reinterpret_cast<Bits*>(address);
+  Bits old = __atomic_load_n(bits, __ATOMIC_RELAXED), wanted;
+  do {
+    wanted = static_cast<Bits>(to_bits(update(from_bits<T>(old))));
+  } while (
+      !__atomic_compare_exchange_n(bits, &old, wanted, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+  return from_bits<T>(old);
+}
+
+}  // namespace cudasim
+
+template <class T, class U>
+T atomicAdd(T* a, U v) {
+  return cudasim::atomic_update(a, [v](T old) { return static_cast<T>(old + static_cast<T>(v)); });
+}
+template <class T, class U>
+T atomicSub(T* a, U v) {
+  return cudasim::atomic_update(a, [v](T old) { return static_cast<T>(old - static_cast<T>(v)); });
+}
+template <class T, class U>
+T atomicMax(T* a, U v) {
+  return cudasim::atomic_update(a, [v](T old) { return std::max(old, static_cast<T>(v)); });
+}
+template <class T, class U>
+T atomicMin(T* a, U v) {
+  return cudasim::atomic_update(a, [v](T old) { return std::min(old, static_cast<T>(v)); });
+}
+template <class T, class U>
+T atomicExch(T* a, U v) {
+  return cudasim::atomic_update(a, [v](T) { return static_cast<T>(v); });
+}
+template <class T, class U>
+T atomicAnd(T* a, U v) {
+  return cudasim::atomic_update(a, [v](T old) { return static_cast<T>(old & static_cast<T>(v)); });
+}
+template <class T, class U>
+T atomicOr(T* a, U v) {
+  return cudasim::atomic_update(a, [v](T old) { return static_cast<T>(old | static_cast<T>(v)); });
+}
+template <class T, class U, class V>
+T atomicCAS(T* a, U compare, V v) {
+  return cudasim::atomic_update(
+      a, [compare, v](T old) { return old == static_cast<T>(compare) ? static_cast<T>(v) : old; });
+}
+
+inline void __trap() { cudasim_trap("the kernel called __trap()"); }
+#include "assert.h"
+
+// ---- The runtime API, as far as a launcher needs it -------------------------------------------
+
+enum cudaError_t : int {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
+using cudaError = cudaError_t;
+
+inline cudaError_t cudaGetLastError() { return static_cast<cudaError_t>(cudasim_take_error()); }
+inline cudaError_t cudaPeekAtLastError() { return static_cast<cudaError_t>(cudasim_peek_error()); }
+inline cudaError_t cudaDeviceSynchronize() { return cudaPeekAtLastError(); }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaPeekAtLastError(); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    default:
+      return "unspecified launch failure";
+  }
+}
+
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int) {
+  return cudaSuccess;  // the limits are checked at the launch
+}

@@ -1,0 +1,695 @@
+// The simulator's runtime: runs the threads of a CUDA grid on a CPU.
+//
+// A block's threads are fibers (stacks that one CPU thread switches between). One fiber runs thread
+// after thread until a thread really has to wait at a barrier, so a kernel without barriers pays
+// almost nothing. Blocks are independent and are spread over the CPU's cores.
+//
+// Shared memory is the kernel library's thread-local storage (`__shared__` becomes
+// `static thread_local`), so each core has its own; it is filled with NaN before every block, so
+// that a kernel which reads what it never wrote computes NaN rather than the last block's values.
+//
+// A fault in a kernel (a wild pointer, a division by zero) is caught in a signal handler, which
+// abandons the fibers and reports which thread of which block did it.
+
+#include "runtime.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
+constexpr int kLaunchFailure = 719;       // cudaErrorLaunchFailure
+constexpr int kMaxThreads = 1024;         // per block, on every architecture
+constexpr int kWarpSize = 32;
+constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // per block, sm_90
+constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr std::size_t kAlternateStackBytes = 64 * 1024;
+constexpr std::size_t kBufferAlignment = 256;  // cudaMalloc's
+// On either side of a buffer: what a 32-bit index into 4-byte values can reach.
+constexpr std::size_t kGuardBytes = std::size_t{8} << 30;
+constexpr unsigned char kPoison = 0xFF;  // four of them are a NaN, and -1 as an integer
+
+// ---------------------------------------------------------------------------------------------
+// Switching stacks. A hand-written switch saves what the C ABI says a call preserves; ucontext,
+// the portable fallback, also saves the signal mask with two system calls and is ten times slower.
+
+#if defined(__x86_64__) && !defined(CUDASIM_UCONTEXT)
+
+extern "C" void cudasim_switch(void** save, void* load);
+asm(R"(
+.text
+.hidden cudasim_switch
+.globl cudasim_switch
+.type cudasim_switch, @function
+cudasim_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size cudasim_switch, .-cudasim_switch
+)");
+
+struct Context {
+  void* stack_pointer = nullptr;
+
+  void prepare(char* stack, std::size_t bytes, void (*entry)()) {
+    auto* top = reinterpret_cast<void**>(stack + bytes);
+    *--top = nullptr;  // where entry would return to; keeps the stack aligned as after a call
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;  // rbp, rbx, r12 to r15
+    stack_pointer = top;
+  }
+  static void change(Context& from, Context& to) {
+    cudasim_switch(&from.stack_pointer, to.stack_pointer);
+  }
+};
+
+#elif defined(__aarch64__) && !defined(CUDASIM_UCONTEXT)
+
+extern "C" void cudasim_switch(void** save, void* load);
+asm(R"(
+.text
+.hidden cudasim_switch
+.globl cudasim_switch
+.type cudasim_switch, %function
+cudasim_switch:
+    sub sp, sp, #160
+    stp x19, x20, [sp, #0]
+    stp x21, x22, [sp, #16]
+    stp x23, x24, [sp, #32]
+    stp x25, x26, [sp, #48]
+    stp x27, x28, [sp, #64]
+    stp x29, x30, [sp, #80]
+    stp d8, d9, [sp, #96]
+    stp d10, d11, [sp, #112]
+    stp d12, d13, [sp, #128]
+    stp d14, d15, [sp, #144]
+    mov x2, sp
+    str x2, [x0]
+    mov sp, x1
+    ldp x19, x20, [sp, #0]
+    ldp x21, x22, [sp, #16]
+    ldp x23, x24, [sp, #32]
+    ldp x25, x26, [sp, #48]
+    ldp x27, x28, [sp, #64]
+    ldp x29, x30, [sp, #80]
+    ldp d8, d9, [sp, #96]
+    ldp d10, d11, [sp, #112]
+    ldp d12, d13, [sp, #128]
+    ldp d14, d15, [sp, #144]
+    add sp, sp, #160
+    ret
+.size cudasim_switch, .-cudasim_switch
+)");
+
+struct Context {
+  void* stack_pointer = nullptr;
+
+  void prepare(char* stack, std::size_t bytes, void (*entry)()) {
+    auto* frame = reinterpret_cast<void**>(stack + bytes) - 20;
+    std::memset(frame, 0, 160);
+    frame[11] = reinterpret_cast<void*>(entry);  // x30, the link register
+    stack_pointer = frame;
+  }
+  static void change(Context& from, Context& to) {
+    cudasim_switch(&from.stack_pointer, to.stack_pointer);
+  }
+};
+
+#else
+
+#include <ucontext.h>
+
+struct Context {
+  ucontext_t context;
+
+  void prepare(char* stack, std::size_t bytes, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = bytes;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+  static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+
+#endif
+
+std::size_t page_bytes() {
+  static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  return size;
+}
+
+std::size_t round_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
+
+struct Fiber {
+  Context context;
+  char* stack = nullptr;
+
+  Fiber() {
+    void* memory = mmap(nullptr, page_bytes() + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    // A guard page below the stack turns an overflow into a fault. Failing to set it (too many
+    // mappings) only loses that check.
+    (void)mprotect(memory, page_bytes(), PROT_NONE);
+    stack = static_cast<char*>(memory) + page_bytes();
+  }
+  ~Fiber() { munmap(stack - page_bytes(), page_bytes() + kStackBytes); }
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+};
+
+// ---------------------------------------------------------------------------------------------
+// One CPU thread's part of a launch: the block that it runs now.
+
+enum class State : unsigned char { kNew, kReady, kAtBarrier, kInWarp, kDone };
+
+struct Thread {
+  CudasimIndex index;
+  State state;
+  Fiber* fiber;
+  int predicate;            // handed to the barrier
+  std::uint32_t mask;       // lanes that this thread waits for
+  std::uint64_t value;      // handed to the warp
+  std::uint64_t* lanes;     // where it wants the warp's values
+  std::uint32_t took_part;  // what the exchange returns
+};
+
+struct SharedSegment {  // the kernel library's thread-local storage
+  std::size_t module = 0;
+  std::size_t bytes = 0;
+};
+
+class Worker {
+ public:
+  Worker(const CudasimLaunch& launch, SharedSegment segment);
+  ~Worker();
+
+  // Runs one block; false when it failed (see failure()).
+  bool run_block(CudasimIndex block);
+  const CudasimFailure& failure() const { return failure_; }
+
+  CudasimIndex thread_index() const { return threads_[current_].index; }
+  CudasimIndex block_index() const { return block_; }
+  const CudasimLaunch& launch() const { return launch_; }
+  void* dynamic_shared() const { return dynamic_shared_; }
+
+  int barrier(int predicate);
+  std::uint32_t exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes);
+  [[noreturn]] void abort(int kind, std::uint64_t address, const char* text);
+  bool in_fiber() const { return in_fiber_; }
+
+ private:
+  static void fiber_main();
+  void run_threads();
+  Fiber* take_idle_fiber();
+  void wait();              // the current thread has set its state; run others
+  Context& next_context();  // whom to run now
+  void thread_finished();
+  void release_barrier_if_complete();
+  void release_warp_if_complete(int warp);
+  void make_ready(int thread);
+  void report_deadlock();
+
+  const CudasimLaunch& launch_;
+  CudasimIndex block_{};
+  int count_ = 0;  // threads in the block
+  std::vector<Thread> threads_;
+  int current_ = 0;   // the thread that runs
+  int next_new_ = 0;  // the first thread not yet started
+  int live_ = 0;      // threads not yet done
+  int waiting_ = 0;   // threads at the barrier
+  int barrier_result_ = 0;
+  std::vector<int> ready_;  // threads to resume, in order; a queue
+  std::size_t ready_head_ = 0;
+
+  Context main_;
+  Fiber* running_ = nullptr;
+  bool in_fiber_ = false;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<Fiber*> idle_;
+
+  char* shared_ = nullptr;  // this CPU thread's copy of the kernel's shared arrays
+  std::size_t shared_bytes_ = 0;
+  void* dynamic_shared_ = nullptr;
+
+  CudasimFailure failure_{};
+  std::unique_ptr<char[]> alternate_stack_;
+  stack_t old_alternate_stack_{};
+};
+
+// initial-exec: a plain load, also inside a signal handler.
+__attribute__((tls_model("initial-exec"))) thread_local Worker* worker = nullptr;
+thread_local CudasimFailure last_failure{};
+thread_local int pending_error = 0;
+
+extern "C" void* __tls_get_addr(std::size_t*);
+
+char* tls_block(std::size_t module) {
+  struct {
+    std::size_t module, offset;
+  } index{module, 0};
+  return static_cast<char*>(__tls_get_addr(&index.module));
+}
+
+// Finds the thread-local segment of the library that holds `address`.
+SharedSegment find_shared_segment(const void* address) {
+  struct Search {
+    std::uintptr_t address;
+    SharedSegment found;
+  } search{reinterpret_cast<std::uintptr_t>(address), {}};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, std::size_t, void* data) {
+        auto& search = *static_cast<Search*>(data);
+        bool holds = false;
+        std::size_t bytes = 0;
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& header = info->dlpi_phdr[i];
+          const std::uintptr_t start = info->dlpi_addr + header.p_vaddr;
+          if (header.p_type == PT_LOAD && search.address >= start &&
+              search.address < start + header.p_memsz) {
+            holds = true;
+          }
+          if (header.p_type == PT_TLS) bytes = header.p_memsz;
+        }
+        if (!holds) return 0;
+        if (bytes > 0) search.found = {info->dlpi_tls_modid, bytes};
+        return 1;
+      },
+      &search);
+  return search.found;
+}
+
+Worker::Worker(const CudasimLaunch& launch, SharedSegment segment) : launch_(launch) {
+  count_ = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
+  threads_.resize(count_);
+  int linear = 0;
+  for (unsigned z = 0; z < launch.block.z; ++z) {
+    for (unsigned y = 0; y < launch.block.y; ++y) {
+      for (unsigned x = 0; x < launch.block.x; ++x) threads_[linear++].index = {x, y, z};
+    }
+  }
+  ready_.reserve(2 * count_);
+  if (segment.bytes > 0) {
+    shared_ = tls_block(segment.module);
+    shared_bytes_ = segment.bytes;
+  }
+  if (launch.shared_bytes > 0) dynamic_shared_ = cudasim_allocate(launch.shared_bytes);
+
+  alternate_stack_ = std::make_unique<char[]>(kAlternateStackBytes);
+  stack_t stack{};
+  stack.ss_sp = alternate_stack_.get();
+  stack.ss_size = kAlternateStackBytes;
+  sigaltstack(&stack, &old_alternate_stack_);
+  worker = this;
+}
+
+Worker::~Worker() {
+  worker = nullptr;
+  if ((old_alternate_stack_.ss_flags & SS_ONSTACK) == 0)
+    sigaltstack(&old_alternate_stack_, nullptr);
+  if (dynamic_shared_ != nullptr) cudasim_release(dynamic_shared_);
+}
+
+bool Worker::run_block(CudasimIndex block) {
+  block_ = block;
+  for (auto& thread : threads_) {
+    thread.state = State::kNew;
+    thread.fiber = nullptr;
+  }
+  next_new_ = 0;
+  live_ = count_;
+  waiting_ = 0;
+  ready_.clear();
+  ready_head_ = 0;
+  idle_.clear();
+  for (auto& fiber : fibers_) idle_.push_back(fiber.get());
+  std::memset(shared_, kPoison, shared_bytes_);
+  if (dynamic_shared_ != nullptr) std::memset(dynamic_shared_, kPoison, launch_.shared_bytes);
+
+  Context& first = next_context();
+  in_fiber_ = true;
+  Context::change(main_, first);
+  in_fiber_ = false;
+  return failure_.kind == CUDASIM_NONE;
+}
+
+void Worker::fiber_main() { worker->run_threads(); }
+
+// A fiber's life within a block: start thread after thread, each of which may wait on the way.
+void Worker::run_threads() {
+  while (next_new_ < count_) {
+    current_ = next_new_++;
+    threads_[current_].fiber = running_;
+    launch_.run_thread(launch_.call);
+    thread_finished();
+  }
+  Fiber* self = running_;
+  Context::change(self->context, next_context());  // never comes back: no thread needs this fiber
+}
+
+Fiber* Worker::take_idle_fiber() {
+  if (idle_.empty()) {
+    fibers_.push_back(std::make_unique<Fiber>());
+    idle_.push_back(fibers_.back().get());
+  }
+  Fiber* fiber = idle_.back();
+  idle_.pop_back();
+  fiber->context.prepare(fiber->stack, kStackBytes, &Worker::fiber_main);
+  return fiber;
+}
+
+Context& Worker::next_context() {
+  if (ready_head_ < ready_.size()) {
+    current_ = ready_[ready_head_++];
+    if (ready_head_ == ready_.size()) {
+      ready_.clear();
+      ready_head_ = 0;
+    }
+    running_ = threads_[current_].fiber;
+    return running_->context;
+  }
+  if (next_new_ < count_) {
+    running_ = take_idle_fiber();
+    return running_->context;
+  }
+  if (live_ > 0) report_deadlock();
+  return main_;
+}
+
+void Worker::wait() {
+  Fiber* self = running_;
+  Context& next = next_context();
+  if (&next != &self->context) Context::change(self->context, next);
+}
+
+void Worker::thread_finished() {
+  threads_[current_].state = State::kDone;
+  --live_;
+  release_barrier_if_complete();
+  release_warp_if_complete(current_ / kWarpSize);
+}
+
+void Worker::make_ready(int thread) {
+  threads_[thread].state = State::kReady;
+  ready_.push_back(thread);
+}
+
+int Worker::barrier(int predicate) {
+  threads_[current_].state = State::kAtBarrier;
+  threads_[current_].predicate = predicate;
+  ++waiting_;
+  release_barrier_if_complete();
+  wait();
+  return barrier_result_;
+}
+
+// Threads that have exited count as arrived, as on the hardware.
+void Worker::release_barrier_if_complete() {
+  if (waiting_ == 0 || waiting_ < live_) return;
+  barrier_result_ = 0;
+  for (int i = 0; i < count_; ++i) {
+    if (threads_[i].state != State::kAtBarrier) continue;
+    barrier_result_ += threads_[i].predicate != 0;
+    make_ready(i);
+  }
+  waiting_ = 0;
+}
+
+std::uint32_t Worker::exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes) {
+  Thread& thread = threads_[current_];
+  thread.state = State::kInWarp;
+  thread.mask = mask | (1u << (current_ % kWarpSize));
+  thread.value = value;
+  thread.lanes = lanes;
+  release_warp_if_complete(current_ / kWarpSize);
+  wait();
+  return thread.took_part;
+}
+
+void Worker::release_warp_if_complete(int warp) {
+  const int first = warp * kWarpSize;
+  const int lanes = std::min(kWarpSize, count_ - first);
+  std::uint32_t live = 0, arrived = 0;
+  for (int lane = 0; lane < lanes; ++lane) {
+    const State state = threads_[first + lane].state;
+    if (state != State::kDone) live |= 1u << lane;
+    if (state == State::kInWarp) arrived |= 1u << lane;
+  }
+  for (int lane = 0; lane < lanes; ++lane) {
+    if ((arrived >> lane & 1) == 0) continue;
+    const std::uint32_t wanted = threads_[first + lane].mask & live;
+    if ((wanted & ~arrived) != 0) continue;
+    for (int other = 0; other < lanes; ++other) {
+      if ((wanted >> other & 1) == 0) continue;
+      Thread& thread = threads_[first + other];
+      for (int from = 0; from < lanes; ++from) {
+        if (wanted >> from & 1) thread.lanes[from] = threads_[first + from].value;
+      }
+      thread.took_part = wanted;
+      make_ready(first + other);
+    }
+    arrived &= ~wanted;
+  }
+}
+
+void Worker::report_deadlock() {
+  int at_barrier = 0, in_warp = 0, example = 0;
+  for (int i = 0; i < count_; ++i) {
+    at_barrier += threads_[i].state == State::kAtBarrier;
+    in_warp += threads_[i].state == State::kInWarp;
+    if (threads_[i].state != State::kDone) example = i;
+  }
+  failure_.kind = CUDASIM_DEADLOCK;
+  failure_.block = block_;
+  failure_.thread = threads_[example].index;
+  std::snprintf(failure_.text, sizeof(failure_.text),
+                "deadlock: %d threads wait at __syncthreads and %d in a warp-level operation, for "
+                "threads that never come",
+                at_barrier, in_warp);
+}
+
+void Worker::abort(int kind, std::uint64_t address, const char* text) {
+  failure_.kind = kind;
+  failure_.address = address;
+  failure_.block = block_;
+  failure_.thread = threads_[current_].index;
+  std::snprintf(failure_.text, sizeof(failure_.text), "%s", text);
+  Context abandoned;
+  Context::change(abandoned, main_);
+  __builtin_unreachable();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Device memory: the addresses reserved for each buffer.
+
+struct Reservation {
+  void* memory;
+  std::size_t bytes;
+};
+std::map<void*, Reservation> reservations;
+std::mutex reservations_mutex;
+
+// ---------------------------------------------------------------------------------------------
+// Faults. The handlers are in place only while a launch runs.
+
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+struct sigaction old_actions[4];
+int handler_users = 0;
+std::mutex handler_mutex;
+
+void on_fault(int signal, siginfo_t* info, void*) {
+  if (worker == nullptr || !worker->in_fiber()) {
+    // Not ours: put the old handlers back, return, and let the instruction fault again.
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &old_actions[i], nullptr);
+    return;
+  }
+  if (signal == SIGFPE) worker->abort(CUDASIM_ARITHMETIC, 0, "integer division by zero");
+  if (signal == SIGILL) worker->abort(CUDASIM_TRAP, 0, "the kernel reached a trap");
+  // A misaligned vector access faults without telling its address.
+  const bool told = info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR;
+  const auto address = told ? reinterpret_cast<std::uint64_t>(info->si_addr) : 0;
+  worker->abort(CUDASIM_BAD_ACCESS, address,
+                told ? "access outside every buffer" : "misaligned vector access or wild pointer");
+}
+
+class FaultHandlers {
+ public:
+  FaultHandlers() {
+    std::lock_guard<std::mutex> lock(handler_mutex);
+    if (handler_users++ > 0) return;
+    struct sigaction action{};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &old_actions[i]);
+  }
+  ~FaultHandlers() {
+    std::lock_guard<std::mutex> lock(handler_mutex);
+    if (--handler_users > 0) return;
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &old_actions[i], nullptr);
+  }
+};
+
+int available_cores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+bool check_configuration(const CudasimLaunch& launch, std::size_t static_shared) {
+  const auto& g = launch.grid;
+  const auto& b = launch.block;
+  const auto threads = static_cast<std::uint64_t>(b.x) * b.y * b.z;
+  CudasimFailure failure{};
+  failure.kind = CUDASIM_BAD_CONFIGURATION;
+  if (g.x < 1 || g.y < 1 || g.z < 1 || g.x > 0x7FFFFFFFu || g.y > 65535 || g.z > 65535) {
+    std::snprintf(failure.text, sizeof(failure.text),
+                  "grid (%u, %u, %u) is outside 1 to (2147483647, 65535, 65535)", g.x, g.y, g.z);
+  } else if (threads < 1 || threads > kMaxThreads || b.x > 1024 || b.y > 1024 || b.z > 64) {
+    std::snprintf(failure.text, sizeof(failure.text),
+                  "block (%u, %u, %u) is outside 1 to (1024, 1024, 64), at most 1024 threads", b.x,
+                  b.y, b.z);
+  } else if (static_shared + launch.shared_bytes > kMaxSharedBytes) {
+    std::snprintf(
+        failure.text, sizeof(failure.text),
+        "%zu bytes of shared memory (%zu static, %zu dynamic) are more than a block's %zu",
+        static_shared + launch.shared_bytes, static_shared, launch.shared_bytes, kMaxSharedBytes);
+  } else {
+    return true;
+  }
+  if (pending_error == 0) last_failure = failure;
+  return false;
+}
+
+}  // namespace
+
+extern "C" {
+
+void cudasim_launch(const CudasimLaunch* launch) {
+  // The call's data lies on the launcher's stack; its code tells the library.
+  const SharedSegment segment =
+      find_shared_segment(reinterpret_cast<const void*>(launch->run_thread));
+  if (!check_configuration(*launch, segment.bytes)) {
+    if (pending_error == 0) pending_error = kInvalidConfiguration;
+    return;
+  }
+
+  const auto& grid = launch->grid;
+  const std::uint64_t blocks = static_cast<std::uint64_t>(grid.x) * grid.y * grid.z;
+  int workers = launch->workers > 0 ? launch->workers : available_cores();
+  workers = static_cast<int>(std::min<std::uint64_t>(workers, blocks));
+
+  FaultHandlers handlers;
+  std::atomic<std::uint64_t> next_block{0};
+  std::mutex failure_mutex;
+  std::uint64_t failed_block = ~0ull;
+  CudasimFailure failure{};
+  auto work = [&] {
+    Worker self(*launch, segment);
+    for (;;) {
+      const std::uint64_t i = next_block.fetch_add(1, std::memory_order_relaxed);
+      if (i >= blocks) return;
+      const CudasimIndex block{static_cast<unsigned>(i % grid.x),
+                               static_cast<unsigned>(i / grid.x % grid.y),
+                               static_cast<unsigned>(i / grid.x / grid.y)};
+      if (self.run_block(block)) continue;
+      next_block = blocks;
+      std::lock_guard<std::mutex> lock(failure_mutex);
+      if (i < failed_block) {
+        failed_block = i;
+        failure = self.failure();
+      }
+      return;
+    }
+  };
+  std::vector<std::thread> helpers;
+  for (int i = 1; i < workers; ++i) helpers.emplace_back(work);
+  work();
+  for (auto& helper : helpers) helper.join();
+  std::fflush(stdout);
+  if (failure.kind != CUDASIM_NONE && pending_error == 0) {
+    pending_error = kLaunchFailure;
+    last_failure = failure;
+  }
+}
+
+int cudasim_peek_error() { return pending_error; }
+int cudasim_take_error() {
+  const int error = pending_error;
+  pending_error = 0;
+  return error;
+}
+
+const CudasimFailure* cudasim_failure() { return &last_failure; }
+
+CudasimIndex cudasim_thread_index() { return worker->thread_index(); }
+CudasimIndex cudasim_block_index() { return worker->block_index(); }
+CudasimIndex cudasim_block_size() { return worker->launch().block; }
+CudasimIndex cudasim_grid_size() { return worker->launch().grid; }
+void* cudasim_dynamic_shared() { return worker->dynamic_shared(); }
+int cudasim_barrier(int predicate) { return worker->barrier(predicate); }
+std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes) {
+  return worker->exchange(mask, value, lanes);
+}
+void cudasim_trap(const char* text) { worker->abort(CUDASIM_TRAP, 0, text); }
+
+// The buffer ends (up to its alignment) where unmapped addresses begin; so do those before its
+// start.
+void* cudasim_allocate(std::size_t bytes) {
+  const std::size_t used = round_up(std::max<std::size_t>(bytes, 1), kBufferAlignment);
+  const std::size_t mapped = round_up(used, page_bytes());
+  // Reserving addresses costs no memory. Where the process may not have so many, take fewer.
+  for (const std::size_t guard : {kGuardBytes, page_bytes()}) {
+    const std::size_t reserved = mapped + 2 * guard;
+    void* memory =
+        mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) continue;
+    char* start = static_cast<char*>(memory) + guard;
+    if (mprotect(start, mapped, PROT_READ | PROT_WRITE) != 0) {
+      munmap(memory, reserved);
+      return nullptr;
+    }
+    char* buffer = start + (mapped - used);
+    std::lock_guard<std::mutex> lock(reservations_mutex);
+    reservations[buffer] = {memory, reserved};
+    return buffer;
+  }
+  return nullptr;
+}
+
+void cudasim_release(void* buffer) {
+  std::lock_guard<std::mutex> lock(reservations_mutex);
+  const auto found = reservations.find(buffer);
+  if (found == reservations.end()) return;
+  munmap(found->second.memory, found->second.bytes);
+  reservations.erase(found);
+}
+
+}  // extern "C"

@@ -1,0 +1,210 @@
+"""The ladder: the stages in order, each one .cu file, each callable like PyTorch's function.
+
+To add a stage, write ``kernels/NAME.cu`` with an ``extern "C"`` launcher called NAME (see
+``kernels/problem.cuh`` and any other stage) and add a line to the registry below.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from convt_lab.backend import KERNEL_FOLDER, Array
+from convt_lab.problem import Problem
+from convt_lab.program import BackendName, Program
+from convt_lab.program import compile as compile_source
+
+__all__ = ["Stage", "stages"]
+
+Tensor = torch.Tensor | np.ndarray
+
+
+class _ConvTransposeProblem(ctypes.Structure):
+    """``ConvTransposeProblem`` of kernels/problem.cuh, field for field."""
+
+    _fields_ = [
+        (field, ctypes.c_int)
+        for field in (
+            *("batch", "in_channels", "out_channels", "groups"),
+            *("height", "width", "out_height", "out_width"),
+            *("kernel_h", "kernel_w", "stride_h", "stride_w"),
+            *("padding_h", "padding_w", "dilation_h", "dilation_w"),
+        )
+    ]
+
+    @classmethod
+    def of(cls, problem: Problem) -> _ConvTransposeProblem:
+        channels = (problem.batch, problem.in_channels, problem.out_channels, problem.groups)
+        sizes = (problem.height, problem.width, problem.out_height, problem.out_width)
+        pairs = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
+        return cls(*channels, *sizes, *(value for pair in pairs for value in pair))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One rung of the ladder: a CUDA kernel for every legal problem, in float32.
+
+    Attributes
+    ----------
+    name
+        Of the stage, its .cu file, its launcher and its chapter.
+    summary
+        Its idea in one sentence.
+    """
+
+    name: str
+    summary: str
+
+    @property
+    def source(self) -> str:
+        """The text of the stage's .cu file."""
+        return (KERNEL_FOLDER / f"{self.name}.cu").read_text()
+
+    @property
+    def chapter(self) -> str:
+        """The chapter that explains it, as a path within the book."""
+        return f"book/{self.name}"
+
+    @property
+    def previous(self) -> Stage | None:
+        """The stage before, or None for the first."""
+        names = list(stages)
+        index = names.index(self.name)
+        return stages[names[index - 1]] if index else None
+
+    def program(self, backend: BackendName = "auto") -> Program:
+        """Return the stage compiled for `backend`; the work is done once."""
+        return _program(self, backend)
+
+    def variant(self, problem: Problem) -> str:
+        """Say which of the stage's paths runs for `problem`: ``general``, or a special one's name.
+
+        It asks the compiled stage on the simulator, which decides as on a GPU.
+        """
+        ask = getattr(self.program("simulator").library, f"{self.name}_variant", None)
+        if ask is None:
+            return "general"
+        ask.restype = ctypes.c_char_p
+        return ask(_ConvTransposeProblem.of(problem)).decode()
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        dilation: int | tuple[int, ...] = 1,
+    ) -> Tensor:
+        """Compute a transposed convolution with this stage's kernel.
+
+        Parameters
+        ----------
+        x
+            Input, [N, C_in, H, W] or [C_in, H, W], float32. A CUDA tensor runs on its GPU; a CPU
+            tensor or NumPy array runs on the simulator.
+        weight
+            [C_in, C_out/groups, KH, KW], float32, on the same device.
+        bias
+            [C_out], float32, on the same device, or None.
+        stride, padding, output_padding, groups, dilation
+            As for ``torch.nn.functional.conv_transpose2d``.
+
+        Returns
+        -------
+        torch.Tensor or numpy.ndarray
+            [N, C_out, OH, OW] (or without N), of the kind of `x`. No gradient flows through it.
+
+        Raises
+        ------
+        ProblemError
+            If the arguments describe no legal problem (a ValueError and a RuntimeError).
+        TypeError
+            If a dtype is not float32 or an argument has a wrong type.
+        """
+        arrays = {"x": x, "weight": weight, "bias": bias}
+        tensors = {name: _as_tensor(name, a) for name, a in arrays.items() if a is not None}
+        device = _common_device(tensors)
+        unbatched = tensors["x"].dim() == 3
+        if unbatched:
+            tensors["x"] = tensors["x"].unsqueeze(0)
+        problem = Problem.from_shapes(
+            tuple(tensors["x"].shape),
+            tuple(tensors["weight"].shape),
+            None if bias is None else tuple(tensors["bias"].shape),
+            stride=stride,
+            padding=padding,
+            output_padding=output_padding,
+            groups=groups,
+            dilation=dilation,
+        )
+        output = torch.empty(problem.output_shape, dtype=torch.float32, device=device)
+        if device.type == "cpu":
+            output.fill_(float("nan"))  # a pixel that the kernel forgets must not look right
+        if output.numel() > 0:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                self.program("gpu" if device.type == "cuda" else "simulator").call(
+                    self.name,
+                    *(
+                        Array.of(name, tensors[name].contiguous()) if name in tensors else None
+                        for name in arrays
+                    ),
+                    Array.of("output", output),
+                    _ConvTransposeProblem.of(problem),
+                )
+        if unbatched:
+            output = output.squeeze(0)
+        return output.numpy() if isinstance(x, np.ndarray) else output
+
+
+def _as_tensor(name: str, value: Tensor) -> torch.Tensor:
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.float32:
+            raise TypeError(f"{name} has dtype {value.dtype}; the stages compute in float32")
+        # A copy if need be: torch takes neither negative strides nor read-only memory.
+        value = torch.from_numpy(np.require(value, requirements=["C", "W"]))
+    elif not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor or a NumPy array, not {type(value).__name__}")
+    if value.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {value.dtype}; the stages compute in torch.float32")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; pass a dense tensor")
+    return value.detach()
+
+
+def _common_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    device = tensors["x"].device
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}; move one of them")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"x is on {device}; the stages run on the CPU (simulated) or a CUDA GPU")
+    return device
+
+
+@functools.cache
+def _program(stage: Stage, backend: BackendName) -> Program:
+    return compile_source(stage.source, backend, name=stage.name)
+
+
+#: The ladder, in order.
+stages: Mapping[str, Stage] = MappingProxyType(
+    {
+        stage.name: stage
+        for stage in (
+            Stage("naive_gather", "One thread for each output value, all taps tried."),
+            Stage("coalesced", "Lanes run along the output's width; only the taps that count."),
+            Stage("shared_tiled", "A block fetches its inputs once, into shared memory."),
+            Stage("register_blocked", "Each thread keeps a block of outputs in registers."),
+        )
+    }
+)

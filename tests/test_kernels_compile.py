@@ -1,0 +1,39 @@
+"""nvcc accepts every kernel file for every architecture, without warnings and without spills."""
+
+import re
+import subprocess
+
+import pytest
+
+import convt_lab as lab
+from convt_lab.backend import KERNEL_FOLDER
+from convt_lab.gpu import find_toolkit
+
+pytestmark = pytest.mark.skipif(find_toolkit() is None, reason="needs nvcc: no CUDA toolkit found")
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize("stage", list(lab.stages))
+def test_no_warnings_and_no_spills(stage, architecture, tmp_path):
+    command = [
+        str(find_toolkit() / "bin" / "nvcc"),
+        *("-c", "-O3", "-std=c++17", f"-arch={architecture}", f"-I{KERNEL_FOLDER}"),
+        *("-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Xcompiler", "-Wall,-Wextra"),
+        *("-Werror", "all-warnings", "-o", str(tmp_path / "kernel.o")),
+        str(KERNEL_FOLDER / f"{stage}.cu"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert spills
+    assert set(spills) == {("0", "0")}
+
+
+def test_a_warning_would_be_seen(tmp_path):
+    source = tmp_path / "kernel.cu"
+    source.write_text("__global__ void kernel(int* x) { int unused = 3; }")
+    command = [str(find_toolkit() / "bin" / "nvcc"), "-c", "-Werror", "all-warnings", str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "unused" in result.stderr

@@ -1,0 +1,230 @@
+"""`lab.compile` and `Program.launch`, as a learner meets them."""
+
+import numpy as np
+import pytest
+import torch
+from kernels_for_tests import SCALE
+
+import convt_lab as lab
+
+BACKENDS = ["simulator", pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def run(source, grid, block, args, backend, name="run", shared_bytes=0):
+    lab.compile(source, backend).launch(name, grid, block, args, shared_bytes)
+
+
+class TestLaunch:
+    def test_numpy_arrays_are_written_in_place(self, backend):
+        x, y = np.arange(100, dtype=np.float32), np.full(100, np.nan, np.float32)
+        run(SCALE, 4, 32, [x, y, 2.5, 100], backend, "scale")
+        np.testing.assert_array_equal(y, 2.5 * x)
+
+    def test_tensors_are_written_in_place(self, backend):
+        x, y = torch.arange(100.0), torch.full((100,), torch.nan)
+        run(SCALE, (4, 1), (32, 1, 1), [x, y, 2, 100], backend, "scale")
+        assert torch.equal(y, 2 * x)
+
+    @pytest.mark.gpu
+    def test_cuda_tensors_are_used_where_they_are(self):
+        x, y = torch.arange(100.0).cuda(), torch.full((100,), torch.nan).cuda()
+        run(SCALE, 4, 32, [x, y, 2.0, 100], "gpu", "scale")
+        assert torch.equal(y, 2 * x)
+
+    def test_arguments_that_overlap_alias_each_other(self):
+        base = np.arange(8, dtype=np.float32)
+        source = """
+        __global__ void run(float* a, const float* b) { a[0] = 7.0f; a[1] = b[0] + b[1]; }
+        """
+        run(source, 1, 1, [base[2:6], base[:4]], "simulator")
+        assert base.tolist() == [0, 1, 7, 1, 4, 5, 6, 7]
+
+    def test_every_kind_of_number(self, backend):
+        source = """
+        using real = double;
+        __global__ void run(long long* out, bool flag, unsigned char byte, int i, long long big,
+                            unsigned u, float f, real d, size_t size) {
+          out[0] = flag; out[1] = byte; out[2] = i; out[3] = big; out[4] = u;
+          out[5] = (long long)(f * 4); out[6] = (long long)(d * 4); out[7] = size;
+        }
+        """
+        out = np.zeros(8, np.int64)
+        numbers = [True, 255, -7, 2**40, 2**32 - 1, 0.25, 2.5, np.uint64(2**63 - 1)]
+        run(source, 1, 1, [out, *numbers], backend)
+        assert out.tolist() == [1, 255, -7, 2**40, 2**32 - 1, 1, 10, 2**63 - 1]
+
+    def test_a_null_pointer(self, backend):
+        source = "__global__ void run(const float* x, int* out) { *out = x == nullptr; }"
+        out = np.zeros(1, np.int32)
+        run(source, 1, 1, [None, out], backend)
+        assert out[0] == 1
+
+    def test_dynamic_shared_memory(self, backend):
+        source = """
+        __global__ void run(float* x) {
+          extern __shared__ float tile[];
+          tile[threadIdx.x] = x[threadIdx.x];
+          __syncthreads();
+          x[threadIdx.x] = tile[blockDim.x - 1 - threadIdx.x];
+        }
+        """
+        x = np.arange(64, dtype=np.float32)
+        run(source, 1, 64, [x], backend, shared_bytes=64 * 4)
+        assert x.tolist() == list(range(63, -1, -1))
+
+    def test_more_dynamic_shared_memory_than_allowed_unasked(self, backend):
+        source = """
+        __global__ void run(float* x, int n) {
+          extern __shared__ float tile[];
+          for (int i = threadIdx.x; i < n; i += blockDim.x) tile[i] = i;
+          __syncthreads();
+          x[threadIdx.x] = tile[n - 1 - threadIdx.x];
+        }
+        """
+        x, n = np.zeros(32, np.float32), 60 * 1024 // 4
+        run(source, 1, 32, [x, n], backend, shared_bytes=4 * n)
+        assert x[0] == n - 1
+
+    def test_kernels_in_namespaces_and_linkage_blocks(self, backend):
+        source = """
+        namespace { __global__ void hidden(int* x) { *x += 1; } }
+        namespace a::b { struct S { int f; }; __global__ void nested(int* x) { *x += 10; } }
+        extern "C" { __global__ void plain(int* x) { *x += 100; } }
+        template <int N> __global__ void template_kernel(int* x) { *x += N; }
+        __global__ void __launch_bounds__(32 * (1 + 1)) bounded(int* x) { *x += 1000; }
+        // __global__ void commented(int* x) {}
+        __global__ void declared(int* x);
+        __launch_bounds__(64) __global__ void declared(int* x) { *x += 10000; }
+        """
+        program = lab.compile(source, backend)
+        assert list(program.kernels) == ["hidden", "nested", "plain", "bounded", "declared"]
+        x = np.zeros(1, np.int32)
+        for name in program.kernels:
+            program.launch(name, 1, 1, [x])
+        assert x[0] == 11111
+
+    def test_parameters_are_as_the_compiler_sees_them(self):
+        source = """
+        #define IMAGE const float* __restrict__
+        typedef unsigned long long count_t;
+        __global__ void run(IMAGE x, count_t n, const float4 *v, float (*f), void* p) {}
+        """
+        parameters = lab.compile(source, "simulator").kernels["run"].parameters
+        assert [(p.name, p.code) for p in parameters] == [
+            ("x", "*const f4"),
+            ("n", "u8"),
+            ("v", "*const V16"),
+            ("argument 3", "*f4"),
+            ("p", "*V0"),
+        ]
+
+
+class TestRefusals:
+    """Each bad argument is named, with its value and what would be right."""
+
+    @pytest.fixture
+    def program(self):
+        return lab.compile(SCALE, "simulator")
+
+    @pytest.fixture
+    def good(self):
+        return [np.zeros(8, np.float32), np.zeros(8, np.float32), 1.0, 8]
+
+    @pytest.mark.parametrize(
+        ("index", "value", "error", "message"),
+        [
+            (0, [1.0, 2.0], TypeError, "'x' is a pointer.*not list"),
+            (0, 3.0, TypeError, "'x' is a pointer.*not float 3.0"),
+            (0, np.zeros(8), TypeError, "'x' points to f4.*float64"),
+            (0, torch.zeros(8, dtype=torch.bfloat16), TypeError, "'x' points to f4.*bfloat16"),
+            (0, np.zeros((8, 2), np.float32)[:, 0], ValueError, "'x' is a non-contiguous array"),
+            (0, torch.zeros(8, 2)[:, 0], ValueError, "'x' is a non-contiguous tensor"),
+            (0, np.zeros(8, ">f4"), TypeError, "'x'.*native byte order"),
+            (1, np.zeros(8, object), TypeError, "'y'.*object"),
+            (2, "1", TypeError, "'factor' is declared f4.*str '1'"),
+            (2, np.zeros(1, np.float32), TypeError, "'factor' is declared f4.*ndarray"),
+            (3, 8.0, TypeError, "'n' is declared i4.*float 8.0"),
+            (3, 2**31, ValueError, "'n' is declared i4, which holds .* got 2147483648"),
+            (3, None, TypeError, "'n' is declared i4.*NoneType"),
+        ],
+    )
+    def test_an_argument(self, program, good, index, value, error, message):
+        good[index] = value
+        with pytest.raises(error, match=message):
+            program.launch("scale", 1, 32, good)
+
+    def test_a_read_only_array_for_a_pointer_that_is_written(self, program, good):
+        good[1].flags.writeable = False
+        with pytest.raises(ValueError, match=r"'y' is written by the kernel.*read-only"):
+            program.launch("scale", 1, 32, good)
+        good[0].flags.writeable = False
+        good[1] = np.zeros(8, np.float32)
+        program.launch("scale", 1, 32, good)  # reading is allowed
+
+    def test_the_number_of_arguments(self, program, good):
+        with pytest.raises(TypeError, match=r"args has 3 values; scale takes 4: .*\*const f4 x"):
+            program.launch("scale", 1, 32, good[:3])
+
+    def test_an_unknown_kernel(self, program, good):
+        with pytest.raises(lab.KernelError, match=r"no kernel 'scael'.*'scale'"):
+            program.launch("scael", 1, 32, good)
+
+    @pytest.mark.parametrize("grid", [0, -1, (1, 2, 3, 4), (), 1.5, (1, 0), 2**31])
+    def test_a_grid(self, program, good, grid):
+        with pytest.raises((ValueError, TypeError), match="grid"):
+            program.launch("scale", grid, 32, good)
+
+    @pytest.mark.parametrize("block", [1025, (32, 33), (1, 1, 65)])
+    def test_a_block(self, good, backend, block):
+        with pytest.raises(lab.KernelError, match="scale"):
+            run(SCALE, 1, block, good, backend, "scale")
+
+    @pytest.mark.parametrize("shared_bytes", [-1, 1.5, 10**6])
+    def test_shared_bytes(self, program, good, shared_bytes):
+        with pytest.raises(ValueError, match="shared_bytes"):
+            program.launch("scale", 1, 32, good, shared_bytes=shared_bytes)
+
+    def test_a_backend(self):
+        with pytest.raises(ValueError, match="backend='cpu': must be 'auto'"):
+            lab.compile(SCALE, "cpu")
+
+    def test_a_source_that_is_no_text(self):
+        with pytest.raises(TypeError, match="source is a bytes"):
+            lab.compile(b"", "simulator")
+
+    def test_a_parameter_that_launch_cannot_pass(self):
+        source = "struct S { int a; }; __global__ void run(S s) {}"
+        with pytest.raises(TypeError, match="'s' is declared V4"):
+            run(source, 1, 1, [3], "simulator")
+
+
+class TestCompileErrors:
+    def test_the_line_is_the_learners_own(self, backend):
+        source = "__global__ void run(float* x) {\n  x[0] = 1.0f;\n  x[1] = oops;\n}\n"
+        with pytest.raises(lab.CompileError, match="oops") as caught:
+            lab.compile(source, backend)
+        assert caught.value.line == 3
+
+    def test_the_line_after_translated_lines(self):
+        source = (
+            "__global__ void k() {}\n"
+            "__global__ void run() {\n  extern __shared__\n    float s[];\n  s[0] = 1;\n}\n"
+            "void f() { k<<<1,\n 2>>>(); }\n"
+            "int broken = ;\n"
+        )
+        with pytest.raises(lab.CompileError) as caught:
+            lab.compile(source, "simulator")
+        assert caught.value.line == 9
+
+
+def test_a_program_is_compiled_once():
+    assert lab.compile(SCALE, "simulator") is lab.compile(SCALE, "simulator")
+
+
+def test_repr_names_the_kernels():
+    assert repr(lab.compile(SCALE, "simulator")) == "<Program on the simulator: scale>"

@@ -1,0 +1,298 @@
+"""Every stage against float64, on every legal kind of problem, on the simulator and on a GPU."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from strategies import inputs, problem_set
+
+import convt_lab as lab
+from convt_lab.backend import KERNEL_FOLDER
+from convt_lab.reference import FLOAT32_GATE, condition_error, gather, scatter
+from convt_lab.stages import _ConvTransposeProblem
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+STAGES = list(lab.stages)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """Let what torch allocates start as NaN, so that a pixel nobody wrote can't look right."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_fresh_tensor_is_poisoned(device):
+    assert torch.empty(1000, device=device).isnan().all()
+
+
+def run(stage, x, weight, bias=None, device="cpu", **arguments):
+    """Run a stage on CPU tensors' copies on `device`; the result is on the CPU."""
+    tensors = [None if t is None else t.to(device) for t in (x, weight, bias)]
+    return lab.stages[stage](*tensors, **arguments).cpu()
+
+
+@pytest.mark.parametrize("part", range(6))  # so that several processes can share the work
+def test_float64_agrees_on_300_random_problems(device, part):
+    errors = {}
+    for number, problem in enumerate(problem_set(300)):
+        if number % 6 != part:
+            continue
+        x, weight, bias = inputs(problem, seed=number)
+        expected = scatter(x, weight, bias, **problem.arguments)
+        for stage in STAGES:
+            y = run(stage, x, weight, bias, device, **problem.arguments)
+            error = condition_error(y, x, weight, bias, expected=expected, **problem.arguments)
+            errors[stage, number] = error
+    wrong = {
+        key: (error, problem_set(300)[key[1]])
+        for key, error in errors.items()
+        if not error <= FLOAT32_GATE
+    }
+    assert len(errors) == 50 * len(STAGES)
+    assert wrong == {}
+
+
+def test_small_integers_are_exact(device):
+    for number, problem in enumerate(problem_set(300)[::7]):
+        x, weight, bias = inputs(problem, seed=number, kind="small_integers")
+        expected = scatter(x, weight, bias, **problem.arguments)
+        for stage in STAGES:
+            y = run(stage, x, weight, bias, device, **problem.arguments)
+            np.testing.assert_array_equal(y.double().numpy(), expected, f"{stage}: {problem}")
+
+
+def test_all_stages_give_the_same_bits_twice(device):
+    """One order of summation (channel, row, column of the kernel), all fused."""
+    for number, problem in enumerate(problem_set(300)[::7]):
+        x, weight, bias = inputs(problem, seed=number)
+        results = [
+            run(stage, x, weight, bias, device, **problem.arguments) for stage in (*STAGES, *STAGES)
+        ]
+        for stage, result in zip((*STAGES, *STAGES), results, strict=True):
+            assert torch.equal(result, results[0]), f"{stage}: {problem}"
+
+
+@pytest.mark.gpu
+def test_the_simulator_computes_the_bits_of_the_gpu():
+    for number, problem in enumerate(problem_set(300)[::7]):
+        x, weight, bias = inputs(problem, seed=number)
+        for stage in STAGES:
+            simulated = run(stage, x, weight, bias, "cpu", **problem.arguments)
+            real = run(stage, x, weight, bias, "cuda", **problem.arguments)
+            assert torch.equal(simulated, real), f"{stage}: {problem}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": (3, 7)},
+        {"kernel_size": (3, 7), "padding": (1, 2)},
+        {"kernel_size": (3, 4), "stride": 2, "padding": 1, "dilation": (1, 3)},
+    ],
+)
+class TestNonFiniteValues:
+    """They reach the outputs whose sum holds them, and no others."""
+
+    @pytest.fixture
+    def problem(self, settings):
+        return lab.Problem(
+            batch=2, in_channels=4, out_channels=6, height=9, width=45, groups=2, **settings
+        )
+
+    def check(self, stage, problem, x, weight, device):
+        expected = torch.from_numpy(scatter(x, weight, **problem.arguments))
+        y = run(stage, x, weight, None, device, **problem.arguments).double()
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y[expected.isinf()], expected[expected.isinf()])
+        assert y.isfinite().equal(expected.isfinite())
+        assert not expected.isfinite().all()
+
+    def test_in_the_input(self, stage, problem, value, device):
+        x, weight, _ = problem.random_inputs()
+        x[1, 2, 3, 4] = value
+        x[0, 0, 0, 0] = value
+        self.check(stage, problem, x, weight, device)
+
+    def test_in_the_weight(self, stage, problem, value, device):
+        """Beyond the image's edge there is no product, not one with zero."""
+        x, weight, _ = problem.random_inputs()
+        weight[1, 1, 0, -1] = value
+        weight[3, 2, 2, 0] = -value
+        self.check(stage, problem, x, weight, device)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+class TestCalls:
+    """The forms that PyTorch's function accepts."""
+
+    problem = lab.Problem(
+        batch=2, in_channels=4, out_channels=6, height=5, width=9, kernel_size=(3, 7),
+        stride=(2, 1), padding=(1, 2), output_padding=(1, 0), groups=2, bias=True,
+    )  # fmt: skip
+
+    @pytest.fixture
+    def data(self):
+        return self.problem.random_inputs(1)
+
+    @pytest.fixture
+    def expected(self, data):
+        x, weight, bias = data
+        return torch.nn.functional.conv_transpose2d(
+            x.double(), weight.double(), bias.double(), **self.problem.arguments
+        )
+
+    def test_numpy_arrays_give_a_numpy_array(self, stage, data, expected):
+        y = lab.stages[stage](*(t.numpy() for t in data), **self.problem.arguments)
+        assert isinstance(y, np.ndarray)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+    def test_numpy_views_and_read_only_arrays(self, stage, data, expected):
+        x, weight, bias = (t.numpy() for t in data)
+        flipped = np.ascontiguousarray(x[:, :, ::-1])[:, :, ::-1]
+        weight.flags.writeable = False
+        y = lab.stages[stage](flipped, weight, bias, **self.problem.arguments)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+    def test_positional_arguments_in_pytorchs_order(self, stage, data, expected):
+        p = self.problem
+        y = lab.stages[stage](*data, p.stride, p.padding, p.output_padding, p.groups, p.dilation)
+        assert torch.allclose(y.double(), expected, atol=1e-5)
+
+    def test_unbatched(self, stage, data, expected, device):
+        x, weight, bias = data
+        y = run(stage, x[1], weight, bias, device, **self.problem.arguments)
+        assert torch.allclose(y.double(), expected[1], atol=1e-5)
+
+    def test_an_empty_batch(self, stage, data, expected, device):
+        x, weight, bias = data
+        y = run(stage, x[:0], weight, bias, device, **self.problem.arguments)
+        assert y.shape == (0, *expected.shape[1:])
+
+    def test_views(self, stage, data, expected, device):
+        """Channels last, transposed, expanded, with an offset into its storage."""
+        x, weight, bias = (t.to(device) for t in data)
+        last = x.contiguous(memory_format=torch.channels_last)
+        transposed = weight.transpose(2, 3).contiguous().transpose(2, 3)
+        offset = torch.cat([bias, bias])[6:]
+        y = lab.stages[stage](last, transposed, offset, **self.problem.arguments)
+        assert torch.allclose(y.cpu().double(), expected, atol=1e-5)
+        same = x[:1].expand(2, -1, -1, -1)
+        y = lab.stages[stage](same, weight, bias, **self.problem.arguments)
+        assert torch.allclose(y.cpu().double(), expected[:1].expand(2, -1, -1, -1), atol=1e-5)
+
+    def test_a_one_tuple_and_an_int_mean_both_axes(self, stage, data):
+        x, weight, _ = data
+        assert torch.equal(
+            lab.stages[stage](x, weight, stride=(2,), padding=1, groups=2),
+            lab.stages[stage](x, weight, stride=2, padding=[1, 1], groups=2),
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"x": torch.zeros(2, 4, 5, 9, dtype=torch.float64)}, TypeError, "x has dtype"),
+            ({"x": np.zeros((2, 4, 5, 9))}, TypeError, "x has dtype float64"),
+            ({"weight": torch.zeros(4, 3, 3, 7).half()}, TypeError, "weight has dtype"),
+            ({"bias": [0.0] * 6}, TypeError, "bias must be a tensor or a NumPy array, not list"),
+            ({"weight": torch.zeros(4, 3, 3, 7, device="meta")}, ValueError, "weight is on meta"),
+            ({"x": torch.zeros(5, 9)}, ValueError, "input"),
+            ({"x": torch.zeros(2, 5, 5, 9)}, ValueError, "input"),
+            ({"weight": torch.zeros(4, 3, 3)}, ValueError, "weight"),
+            ({"bias": torch.zeros(5)}, ValueError, "bias"),
+            ({"stride": 0}, ValueError, "stride"),
+            ({"stride": 1.0}, TypeError, "stride"),
+            ({"output_padding": 2}, ValueError, "output_padding"),
+            ({"padding": 40}, RuntimeError, "padding"),
+            ({"groups": 3}, RuntimeError, "groups"),
+        ],
+    )
+    def test_refusals(self, stage, data, change, error, message):
+        x, weight, bias = data
+        call = {"x": x, "weight": weight, "bias": bias, **self.problem.arguments, **change}
+        with pytest.raises(error, match=message):
+            lab.stages[stage](**call)
+
+    def test_inputs_that_require_gradients_are_only_read(self, stage, data):
+        x, weight, bias = (t.requires_grad_() for t in data)
+        assert not lab.stages[stage](x, weight, bias, **self.problem.arguments).requires_grad
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        lab.Problem(1, 2, 2, 3, 4, kernel_size=(2, 700)),
+        lab.Problem(1, 2, 1, 2, 3, kernel_size=(150, 2), stride=2),
+        lab.Problem(1, 1, 1, 4, 5, kernel_size=(3, 4), dilation=300),
+        lab.Problem(1, 3, 2, 70, 3, kernel_size=(5, 90), dilation=(7, 3)),
+        lab.Problem(1, 1, 1, 3, 2, kernel_size=2, stride=(100, 300)),
+    ],
+    ids=lambda p: f"{p.kernel_size}, stride {p.stride}, dilation {p.dilation}",
+)
+def test_kernels_too_large_for_shared_memory(stage, problem, device):
+    x, weight, bias = problem.random_inputs()
+    y = run(stage, x, weight, bias, device, **problem.arguments)
+    assert condition_error(y, x, weight, bias, **problem.arguments) <= FLOAT32_GATE
+
+
+def test_wrong_weight_order_would_be_seen():
+    """The random problems hold what tells the orders apart: two or more channels in a group."""
+    found = 0
+    for problem in problem_set(300):
+        x, weight, bias = inputs(problem)
+        c_in, c_out, kh, kw = weight.shape
+        swapped = weight.reshape(c_out, c_in, kh, kw).transpose(0, 1)
+        y = gather(x, swapped.contiguous(), bias, **problem.arguments).astype(np.float32)
+        found += not condition_error(y, x, weight, bias, **problem.arguments) <= FLOAT32_GATE
+    assert found > 100
+
+
+class TestTheLadder:
+    def test_order_and_neighbours(self):
+        assert STAGES[:4] == ["naive_gather", "coalesced", "shared_tiled", "register_blocked"]
+        assert lab.stages[STAGES[0]].previous is None
+        for before, after in itertools.pairwise(STAGES):
+            assert lab.stages[after].previous is lab.stages[before]
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_source_and_chapter(self, stage):
+        source = lab.stages[stage].source
+        assert source == (KERNEL_FOLDER / f"{stage}.cu").read_text()
+        assert re.search(rf'extern "C" cudaError_t {stage}\(', source)
+        assert (KERNEL_FOLDER.parents[1] / f"{lab.stages[stage].chapter}.ipynb").is_file()
+        assert "simulator" not in source.lower()
+        assert "torch/" not in source
+
+    def test_every_kernel_file_is_a_stage(self):
+        files = {path.stem for path in KERNEL_FOLDER.glob("*.cu")}
+        assert files == set(STAGES)
+
+    def test_the_mapping_is_read_only(self):
+        with pytest.raises(TypeError):
+            lab.stages["mine"] = lab.stages["coalesced"]
+
+    def test_which_variant_runs(self):
+        stage = lab.stages["register_blocked"]
+        assert stage.variant(lab.Problem.named("star")) == "3x7"
+        for change in ({"stride": 2}, {"dilation": (1, 2)}, {"kernel_size": (7, 3)}):
+            settings = {"height": 9, "width": 9, "kernel_size": (3, 7), **change}
+            assert stage.variant(lab.Problem(**settings)) == "general"
+        assert lab.stages["coalesced"].variant(lab.Problem.named("star")) == "general"
+
+    def test_the_problem_struct_mirrors_the_header(self):
+        header = (KERNEL_FOLDER / "problem.cuh").read_text()
+        body = re.search(r"struct ConvTransposeProblem \{(.*?)\n\};", header, re.DOTALL)[1]
+        declared = re.findall(r"^\s*int ([\w, ]+);", body, re.MULTILINE)
+        fields = [field.strip() for line in declared for field in line.split(",")]
+        assert fields == [name for name, _ in _ConvTransposeProblem._fields_]

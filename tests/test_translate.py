@@ -1,0 +1,63 @@
+"""The source translation: it changes what g++ can't parse, and nothing else."""
+
+import pytest
+
+from convt_lab.simulator.translate import mask_comments_and_strings, translate
+
+
+def test_a_launch_becomes_an_operator_in_place():
+    source = "f<<<dim3(1, g(2)), 32>>>(a);"
+    assert translate(source) == "f% ::cudasim::config(dim3(1, g(2)), 32)(a);"
+
+
+def test_a_launch_of_a_template_over_several_lines_keeps_its_lines():
+    source = "run<Pair<Pair<int, 2>, 3>, 4>\n    <<<grid,\n       block>>>(x,\n y);"
+    translated = translate(source)
+    assert translated.count("\n") == source.count("\n")
+    assert "<<<" not in translated
+    assert translated.startswith("run<Pair<Pair<int, 2>, 3>, 4>\n    % ::cudasim::config(grid,")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "// f<<<1, 2>>>(x);",
+        "/* f<<<1,\n2>>>(x); */",
+        'const char* s = "f<<<1, 2>>>(\\"x)";',
+        'auto s = R"(extern __shared__ float a[]; f<<<1>>>())";',
+        "Pair<Pair<Pair<int>>> x; y = a >> b; c <<= 1;",
+        "int big = 1'000'000; char c = '\"';",
+        "__shared__ float tile[8][33];",
+    ],
+)
+def test_everything_else_passes_through(source):
+    assert translate(source) == source
+
+
+@pytest.mark.parametrize(
+    ("declaration", "element"),
+    [
+        ("extern __shared__ float tile[];", "float"),
+        ("extern __shared__ __align__(16) unsigned char tile[ ] ;", "unsigned char"),
+        ("extern __shared__ alignas(16) float4 tile[];", "float4"),
+        ("extern __align__(16) __shared__ int tile[];", "int"),
+        ("extern volatile __shared__ float tile[];", "volatile float"),
+        ("extern __shared__ volatile float tile[];", "volatile float"),
+    ],
+)
+def test_a_dynamic_shared_array_in_a_function(declaration, element):
+    translated = translate(f"void f() {{\n{declaration}\n}}")
+    cast = f"static_cast<{element}*>(::cudasim_dynamic_shared())"
+    assert translated == f"void f() {{\n{element}* const tile = {cast};\n}}"
+
+
+def test_a_dynamic_shared_array_outside_a_function():
+    translated = translate("extern __shared__ float tile[];\nvoid f() {}")
+    assert translated.startswith("static const ::cudasim::DynamicShared<float> tile;\n")
+
+
+def test_masking_keeps_every_position():
+    source = 'a; // "x\nb = "//"; /* \n */ c;'
+    masked = mask_comments_and_strings(source)
+    assert [len(line) for line in masked.split("\n")] == [len(line) for line in source.split("\n")]
+    assert masked.split() == ["a;", "b", "=", ";", "c;"]
