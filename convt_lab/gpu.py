@@ -33,7 +33,7 @@ from convt_lab.backend import (
 from convt_lab.build import BuildError, cached_library
 from convt_lab.errors import KernelError
 
-__all__ = ["COMPILER_PACKAGES", "GPU", "architectures", "find_toolkit"]
+__all__ = ["COMPILER_PACKAGES", "GPU", "architectures", "find_ninja", "find_toolkit"]
 
 #: What holds nvcc for a torch from PyPI, where no CUDA toolkit is installed.
 COMPILER_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
@@ -100,6 +100,11 @@ def _search_path() -> str:
 
         path = os.pathsep.join([ninja.BIN_DIR, path])
     return path
+
+
+def find_ninja() -> str | None:
+    """Return the path of the ninja that builds, or None."""
+    return shutil.which("ninja", path=_search_path())
 
 
 def _runtime_link_flags(toolkit: Path, folder: Path) -> list[str]:

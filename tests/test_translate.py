@@ -28,6 +28,7 @@ def test_a_launch_of_a_template_over_several_lines_keeps_its_lines():
         "Pair<Pair<Pair<int>>> x; y = a >> b; c <<= 1;",
         "int big = 1'000'000; char c = '\"';",
         "__shared__ float tile[8][33];",
+        "__attribute__((__noinline__)) void f();",
     ],
 )
 def test_everything_else_passes_through(source):
@@ -54,6 +55,12 @@ def test_a_dynamic_shared_array_in_a_function(declaration, element):
 def test_a_dynamic_shared_array_outside_a_function():
     translated = translate("extern __shared__ float tile[];\nvoid f() {}")
     assert translated.startswith("static const ::cudasim::DynamicShared<float> tile;\n")
+
+
+def test_noinline_becomes_an_attribute():
+    assert translate("__device__ __noinline__ int f();") == (
+        "__device__ __attribute__((noinline)) int f();"
+    )
 
 
 def test_masking_keeps_every_position():

@@ -52,6 +52,10 @@ struct Sizes {
   static constexpr int BLOCK_CO = WARPS * THREAD_CO;
   static constexpr int CHUNK_CI = FIXED ? 2 : 8;
   static constexpr int WINDOW = (THREAD_W + KW - 1 + 3) / 4 * 4;  // inputs of one row of taps
+  static constexpr int STAGE_PITCH = 4 * next_odd(TILE_W / 4);    // a warp's outputs, TILE_H rows
+  static constexpr int STAGE_FLOATS = TILE_H * STAGE_PITCH;
+  static_assert(TILE_W % 8 == 0 && TILE_W <= 40, "8 lanes write the columns beyond the first 32");
+  static_assert(BLOCK_CO <= 32, "a lane loads the weights of one output channel");
   static_assert(THREAD_CO % 4 == 0, "a thread's weights are read 16 bytes at a time");
   static_assert(FIXED ? THREAD_W % 4 == 0 : THREAD_W == 16, "see above");
 
@@ -95,7 +99,11 @@ __device__ __forceinline__ int take_digit(unsigned& index, int size) {
 }
 
 __device__ __forceinline__ void copy_or_zero(float* shared, const float* global, bool inside) {
-  __pipeline_memcpy_async(shared, global, sizeof(float), inside ? 0 : sizeof(float));
+  if (inside) {
+    __pipeline_memcpy_async(shared, global, sizeof(float));
+  } else {
+    *shared = 0.0f;
+  }
 }
 
 __device__ __forceinline__ void load_vector(float* registers, const float* shared) {
@@ -104,6 +112,11 @@ __device__ __forceinline__ void load_vector(float* registers, const float* share
   registers[1] = vector.y;
   registers[2] = vector.z;
   registers[3] = vector.w;
+}
+
+__device__ __forceinline__ void store_vector(float* shared, const float* registers) {
+  *reinterpret_cast<float4*>(shared) =
+      make_float4(registers[0], registers[1], registers[2], registers[3]);
 }
 
 // The sum for one output, tap by tap: slow, and right where a weight is not finite (see the
@@ -139,6 +152,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   constexpr int THREAD_W = S::THREAD_W, THREAD_CO = S::THREAD_CO, BLOCK_CO = S::BLOCK_CO;
   const Chunk chunk = S::FIXED ? S::fixed_chunk() : run_time_chunk;
   const int i_step_h = S::FIXED ? 1 : rows.i_step, i_step_w = S::FIXED ? 1 : columns.i_step;
+  const int k_step_h = S::FIXED ? 1 : rows.k_step, k_step_w = S::FIXED ? 1 : columns.k_step;
+  const int kernel_w = S::FIXED ? KW : p.kernel_w;
   extern __shared__ __align__(16) float shared[];  // two buffers: inputs, then weights
 
   // A block is one tile of one phase of one image, for BLOCK_CO channels of one group. Blocks that
@@ -163,9 +178,9 @@ __global__ void __launch_bounds__(THREADS, 2)
   const float* const filters =
       weight + static_cast<int64_t>(group) * group_in * group_out * filter_size;
 
-  const Taps vertical = taps_of_class(rows, phase_h);
-  const Taps horizontal = taps_of_class(columns, phase_w);
-  const int count_h = S::FIXED ? KH : vertical.count, count_w = S::FIXED ? KW : horizontal.count;
+  const Taps vertical = S::FIXED ? Taps{0, p.padding_h, KH} : taps_of_class(rows, phase_h);
+  const Taps horizontal = S::FIXED ? Taps{0, p.padding_w, KW} : taps_of_class(columns, phase_w);
+  const int count_h = vertical.count, count_w = horizontal.count;
   const int chunks_h = S::FIXED ? 1 : static_cast<int>(ceil_div(count_h, chunk.th));
   const int chunks_w = S::FIXED ? 1 : static_cast<int>(ceil_div(count_w, chunk.tw));
   const int passes = static_cast<int>(ceil_div(group_in, chunk.ci)) * chunks_h * chunks_w;
@@ -183,33 +198,43 @@ __global__ void __launch_bounds__(THREADS, 2)
                 min(chunk.tw, count_w - tw)};
   };
 
+  // Lanes copy neighbouring words: columns of the input, output channels of the weights.
   const auto load = [&](const Pass& pass, float* tile_x, float* tile_w) {
     // Column 0 of the tile belongs to the pass's last tap, which has the smallest input index.
     const int first_h = vertical.i + first_qh - (pass.th + pass.count_th - 1) * i_step_h;
     const int first_w = horizontal.i + first_qw - (pass.tw + pass.count_tw - 1) * i_step_w;
-    for (int row = warp; row < chunk.ci * chunk.rows; row += WARPS) {
-      const int ci = pass.ci + row / chunk.rows, h = first_h + row % chunk.rows;
-      const bool row_inside = ci < group_in && h >= 0 && h < p.height;
-      const float* x = planes + ci * plane_size + static_cast<int64_t>(h) * p.width;
-      for (int column = lane; column < chunk.columns; column += 32) {
-        const int w = first_w + column;
-        const bool inside = row_inside && w >= 0 && w < p.width;
-        copy_or_zero(tile_x + row * chunk.pitch + column, inside ? x + w : input, inside);
+    const int first_kh = vertical.k + pass.th * k_step_h;
+    const int first_kw = horizontal.k + pass.tw * k_step_w;
+    const int co = first_co + lane;
+#pragma unroll 1
+    for (int c = 0; c < chunk.ci; ++c) {
+      const int ci = pass.ci + c;
+      float* to = tile_x + (c * chunk.rows + warp) * chunk.pitch;
+      const float* x = planes + ci * plane_size + static_cast<int64_t>(first_h + warp) * p.width;
+#pragma unroll 1
+      for (int row = warp; row < chunk.rows; row += WARPS) {
+        const int h = first_h + row;
+        const bool row_inside = ci < group_in && h >= 0 && h < p.height;
+#pragma unroll
+        for (int j = 0; j < chunk.columns; j += 32) {
+          const int column = j + lane, w = first_w + column;
+          if (column < chunk.columns) {
+            copy_or_zero(to + column, x + w, row_inside && w >= 0 && w < p.width);
+          }
+        }
+        to += WARPS * chunk.pitch;
+        x += WARPS * static_cast<int64_t>(p.width);
       }
-    }
-    const int taps = chunk.th * chunk.tw;
-    for (int row = warp; row < chunk.ci * taps; row += WARPS) {
-      const int ci = pass.ci + row / taps;
-      const int th = row % taps / chunk.tw, tw = row % taps % chunk.tw;
-      const int kh = vertical.k + (pass.th + th) * rows.k_step;
-      const int kw = horizontal.k + (pass.tw + tw) * columns.k_step;
-      const bool tap_inside = ci < group_in && th < pass.count_th && tw < pass.count_tw;
-      for (int c = lane; c < BLOCK_CO; c += 32) {
-        const int co = first_co + c;
-        const bool inside = tap_inside && co < group_out;
-        const float* w = filters + (static_cast<int64_t>(ci) * group_out + co) * filter_size;
-        copy_or_zero(tile_w + row * BLOCK_CO + c,
-                     inside ? w + static_cast<int64_t>(kh) * p.kernel_w + kw : weight, inside);
+      const float* w = filters + (static_cast<int64_t>(ci) * group_out + co) * filter_size;
+      const bool filter_inside = ci < group_in && co < group_out;
+      if (lane >= BLOCK_CO) continue;
+#pragma unroll 1
+      for (int tap = warp; tap < chunk.th * chunk.tw; tap += WARPS) {
+        const int th = tap / chunk.tw, tw = tap % chunk.tw;
+        const int kh = first_kh + th * k_step_h, kw = first_kw + tw * k_step_w;
+        copy_or_zero(tile_w + (c * chunk.th * chunk.tw + tap) * BLOCK_CO + lane,
+                     w + static_cast<int64_t>(kh) * kernel_w + kw,
+                     filter_inside && th < pass.count_th && tw < pass.count_tw);
       }
     }
     __pipeline_commit();
@@ -221,7 +246,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll 1
     for (int ci = 0; ci < chunk.ci; ++ci) {
       const int count_th = S::FIXED ? KH : pass.count_th;
-#pragma unroll
+#pragma unroll 1
       for (int th = 0; th < count_th; ++th) {
         const float* x = tile_x + lane_w * THREAD_W +
                          (ci * chunk.rows + lane_h + (count_th - 1 - th) * i_step_h) * chunk.pitch;
@@ -280,44 +305,61 @@ __global__ void __launch_bounds__(THREADS, 2)
     __syncthreads();
   }
 
-  const int oh = phase_h + (first_qh + lane_h) * p.stride_h;
-  const int first_ow = phase_w + (first_qw + lane_w * THREAD_W) * p.stride_w;
+  // A thread holds a row of THREAD_W pixels; written directly, the lanes of a warp would touch 32
+  // places far apart. Each warp turns its tile around in shared memory, a channel at a time, and
+  // writes rows of neighbouring pixels.
+  float* const stage = shared + warp * S::STAGE_FLOATS;
   const int thread_co = first_co + warp * THREAD_CO;  // within the group
-  if (oh >= p.out_height) return;
-
+  const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
+  float* const image =
+      output +
+      (static_cast<int64_t>(n) * p.out_channels + group * group_out + thread_co) * out_plane;
   bool not_a_number = false;
 #pragma unroll
   for (int c = 0; c < THREAD_CO; ++c) {
     if (thread_co + c >= group_out) break;
-    const int co = group * group_out + thread_co + c;
-    const float shift = bias == nullptr ? 0.0f : bias[co];
-    float* y = output +
-               ((static_cast<int64_t>(n) * p.out_channels + co) * p.out_height + oh) * p.out_width;
+    const float shift = bias == nullptr ? -0.0f : bias[group * group_out + thread_co + c];
 #pragma unroll
     for (int j = 0; j < THREAD_W; ++j) {
-      const int ow = first_ow + j * p.stride_w;
-      const float value = bias == nullptr ? sum[c][j] : sum[c][j] + shift;
-      not_a_number |= value != value;
-      if (ow < p.out_width) y[ow] = value;
+      sum[c][j] += shift;
+      not_a_number |= sum[c][j] != sum[c][j];
     }
+#pragma unroll
+    for (int j = 0; j < THREAD_W; j += 4) {
+      store_vector(stage + lane_h * S::STAGE_PITCH + lane_w * THREAD_W + j, sum[c] + j);
+    }
+    __syncwarp();
+    const auto write = [&](int row, int column) {
+      const int oh = phase_h + (first_qh + row) * p.stride_h;
+      const int ow = phase_w + (first_qw + column) * p.stride_w;
+      if (oh >= p.out_height || ow >= p.out_width) return;
+      image[c * out_plane + static_cast<int64_t>(oh) * p.out_width + ow] =
+          stage[row * S::STAGE_PITCH + column];
+    };
+    for (int row = 0; row < TILE_H; ++row) write(row, lane);
+    if constexpr (S::TILE_W > 32) {
+      constexpr int REST = S::TILE_W - 32;
+      for (int row = lane / REST; row < TILE_H; row += 32 / REST) write(row, 32 + lane % REST);
+    }
+    __syncwarp();
   }
   if (!not_a_number) return;
 
   // Beyond the image's edge the tile holds zeros, and zero times an infinite or NaN weight is NaN,
   // where the definition has no product at all. Such outputs are summed again, without the zeros.
+  const int oh = phase_h + (first_qh + lane_h) * p.stride_h;
+  if (oh >= p.out_height) return;
   const bool whole_rows = taps_reaching(rows, oh).count == vertical.count;
   for (int c = 0; c < THREAD_CO && thread_co + c < group_out; ++c) {
-    const int co = group * group_out + thread_co + c;
-    float* y = output +
-               ((static_cast<int64_t>(n) * p.out_channels + co) * p.out_height + oh) * p.out_width;
+    float* y = image + c * out_plane + static_cast<int64_t>(oh) * p.out_width;
     for (int j = 0; j < THREAD_W; ++j) {
-      const int ow = first_ow + j * p.stride_w;
+      const int ow = phase_w + (first_qw + lane_w * THREAD_W + j) * p.stride_w;
       if (ow >= p.out_width) break;
       const bool whole = whole_rows && taps_reaching(columns, ow).count == horizontal.count;
       if (whole || y[ow] == y[ow]) continue;
       const float value =
           sum_of_taps(planes, filters + (thread_co + c) * filter_size, p, rows, columns, oh, ow);
-      y[ow] = bias == nullptr ? value : value + bias[co];
+      y[ow] = bias == nullptr ? value : value + bias[group * group_out + thread_co + c];
     }
   }
 }
@@ -339,7 +381,8 @@ static cudaError_t launch(const float* input, const float* weight, const float* 
                         static_cast<int>(ceil_div(p.out_channels / p.groups, S::BLOCK_CO))};
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.groups * p.stride_h * p.stride_w *
                          tiles.h * tiles.w * tiles.co;
-  const std::size_t shared_bytes = 2 * chunk.floats(S::BLOCK_CO) * sizeof(float);
+  const std::size_t shared_bytes =
+      max(2 * chunk.floats(S::BLOCK_CO), WARPS * S::STAGE_FLOATS) * sizeof(float);
   register_blocked_kernel<KH, KW><<<static_cast<unsigned>(blocks), THREADS, shared_bytes, stream>>>(
       input, weight, bias, output, p, rows, columns, tiles, chunk);
   return cudaGetLastError();

@@ -1,7 +1,8 @@
 """Makes CUDA C++ readable for g++, changing as little as possible and never a line's number.
 
-Two constructs need it: a launch, ``kernel<<<grid, block>>>(args)``, and a dynamic shared array,
-``extern __shared__ float tile[];``. Comments, strings and everything else pass through untouched.
+Three constructs need it: a launch, ``kernel<<<grid, block>>>(args)``; a dynamic shared array,
+``extern __shared__ float tile[];``; and the keyword ``__noinline__``, which can't be a macro because
+the standard library uses that word. Comments, strings and everything else pass through untouched.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _DYNAMIC_SHARED = re.compile(
         (?P<type>[^;\[\]=]+?)\s*\b(?P<name>[A-Za-z_]\w*)\s*\[\s*\]\s*;""",
     re.VERBOSE,
 )
+_NOINLINE = re.compile(r"(?<!\()\b__noinline__\b")  # not in __attribute__((__noinline__))
 _ALIGNMENT = re.compile(r"\b(?:__align__|alignas)\s*\([^()]*\)")
 
 
@@ -39,6 +41,8 @@ def translate(source: str) -> str:
     """
     code = mask_comments_and_strings(source)
     edits = [*_launch_edits(code), *_shared_edits(code)]
+    for match in _NOINLINE.finditer(code):
+        edits.append((match.start(), match.end(), "__attribute__((noinline))"))
     for start, end, text in sorted(edits, reverse=True):
         lost_lines = source.count("\n", start, end)
         source = source[:start] + text + "\n" * lost_lines + source[end:]

@@ -1,0 +1,161 @@
+"""The command line: ``python -m convt_lab ladder | doctor | export STAGE``.
+
+Exit status: 0 for success; 1 if a stage is wrong or nothing can run here; 2 for a command that
+can't be carried out, with one line on stderr that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from convt_lab import __version__
+from convt_lab.build import BuildError
+from convt_lab.problem import Problem, ProblemError
+from convt_lab.stages import stages
+
+__all__ = ["main"]
+
+_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _ladder(arguments: argparse.Namespace) -> int:
+    from convt_lab.ladder import ladder
+
+    return ladder(arguments.problem, arguments.device, arguments.seed)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from convt_lab.doctor import doctor
+
+    return doctor(run_trial=not arguments.no_try)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from convt_lab.export import exported_file, write
+
+    stage = stages[arguments.stage]
+    if arguments.output is None:
+        print(exported_file(stage), end="")
+        return 0
+    try:
+        write(stage, arguments.output, overwrite=arguments.force)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{arguments.output} exists: name another file, or pass --force to replace it"
+        ) from None
+    print(f"wrote {arguments.output}", file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m convt_lab",
+        description="The transposed convolution, from its definition to a fast CUDA kernel.",
+        epilog="Each command has its own --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"convt_lab {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    ladder = commands.add_parser(
+        "ladder",
+        help="run every stage on one problem: error, back end and, on a GPU, time",
+        description="Run every stage on one problem and compare it with float64. On a GPU, time "
+        "each and compare it with the stage before and with cuDNN. The exit status is 1 if any "
+        "stage is wrong.",
+    )
+    ladder.add_argument(
+        "--problem",
+        choices=Problem.names(),
+        help="the problem's name (default: star on a GPU, star_small on the simulator)",
+    )
+    ladder.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="cuda, or cpu for the simulator (default: cuda if there are a GPU and nvcc)",
+    )
+    ladder.add_argument(
+        "--seed", type=_seed, default=0, help="seed of the random inputs (default: 0)"
+    )
+    ladder.set_defaults(run=_ladder)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what was found here, and how to get what is missing",
+        description="Look for everything that the simulator and a GPU need, give the command that "
+        "gets what is missing, and try each: compile and run a kernel. The exit status is 1 if "
+        "neither works.",
+    )
+    doctor.add_argument("--no-try", action="store_true", help="only look, compile and run nothing")
+    doctor.set_defaults(run=_doctor)
+
+    export = commands.add_parser(
+        "export",
+        help="write a stage as one Python file that needs PyTorch alone",
+        description="Write a stage as one self-contained Python file, in the form in which "
+        "KernelBench takes solutions (ModelNew, get_inputs, get_init_inputs). To run, it needs a "
+        "CUDA build of PyTorch, nvcc and ninja.",
+    )
+    export.add_argument("stage", choices=tuple(stages), metavar="STAGE", help=", ".join(stages))
+    export.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="the file to write (default: stdout)"
+    )
+    export.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 0")
+    return seed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    argv
+        The arguments; those of the process if None.
+
+    Returns
+    -------
+    int
+        The exit status. A command that can't be carried out raises SystemExit(2) after one line on
+        stderr.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (BuildError, ProblemError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        parser.error(str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
