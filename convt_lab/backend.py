@@ -56,8 +56,8 @@ class Array:
         Where its bytes are.
     code
         Its dtype in NumPy's letters, such as ``f4``; ``bf2`` for bfloat16.
-    writable
-        Whether the kernel may write it (it is not read-only).
+    written
+        Whether the kernel may write it.
     device
         ``cpu``, or the CUDA device.
     """
@@ -67,11 +67,11 @@ class Array:
     address: int
     nbytes: int
     code: str
-    writable: bool
+    written: bool
     device: torch.device
 
     @classmethod
-    def of(cls, name: str, value: np.ndarray | torch.Tensor) -> Array:
+    def of(cls, name: str, value: np.ndarray | torch.Tensor, *, written: bool) -> Array:
         """Describe `value`; it must be contiguous, because a kernel sees plain memory."""
         if isinstance(value, torch.Tensor):
             if not value.is_contiguous():
@@ -83,7 +83,7 @@ class Array:
                 raise TypeError(f"argument {name!r} has layout {value.layout}; pass a dense tensor")
             code = _torch_code(value.dtype)
             nbytes = value.numel() * value.element_size()
-            return cls(name, value, value.data_ptr(), nbytes, code, True, value.device)
+            return cls(name, value, value.data_ptr(), nbytes, code, written, value.device)
         if not value.flags.c_contiguous:
             raise ValueError(
                 f"argument {name!r} is a non-contiguous array with strides {value.strides}; "
@@ -95,8 +95,12 @@ class Array:
             raise TypeError(f"argument {name!r} has dtype {value.dtype}; pass native byte order")
         code = f"{value.dtype.kind}{value.dtype.itemsize}"
         cpu = torch.device("cpu")
-        writable = value.flags.writeable
-        return cls(name, value, value.ctypes.data, value.nbytes, code, writable, cpu)
+        if written and not value.flags.writeable:
+            raise ValueError(
+                f"argument {name!r} is written by the kernel (its pointer is not const), "
+                "and the array passed is read-only"
+            )
+        return cls(name, value, value.ctypes.data, value.nbytes, code, written, cpu)
 
 
 def _torch_code(dtype: torch.dtype) -> str:
@@ -116,8 +120,8 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def build(self, name: str, source: str) -> ctypes.CDLL:
-        """Compile `source` (or find it compiled) and load it.
+    def build(self, name: str, source: str, *, traced: bool = False) -> ctypes.CDLL:
+        """Compile `source` (or find it compiled) and load it; `traced`: instrumented, if it can be.
 
         Raises
         ------

@@ -124,8 +124,10 @@ class GPU(Backend):
 
     name = "gpu"
 
-    def build(self, name: str, source: str) -> ctypes.CDLL:
+    def build(self, name: str, source: str, *, traced: bool = False) -> ctypes.CDLL:
         """Compile with nvcc through ``load_inline``, for `architectures`."""
+        if traced:
+            raise ValueError("trace=True needs the simulator: compile with backend='simulator'")
         if not torch.cuda.is_available():
             raise BuildError("backend 'gpu': torch sees no CUDA device; use backend='simulator'")
         wanted = architectures()
@@ -171,7 +173,7 @@ class GPU(Backend):
                 addresses.append(copies[place].data_ptr())
         yield addresses
         for array in arrays:
-            if array is not None and array.writable and array.device.type == "cpu":
+            if array is not None and array.written and array.device.type == "cpu":
                 _host_bytes(array).copy_(copies[array.address, array.nbytes])
 
     def stream(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -23,6 +23,7 @@ import torch
 from convt_lab.backend import Array, Backend
 from convt_lab.errors import KernelError
 from convt_lab.simulator import Simulator
+from convt_lab.simulator.report import Report
 from convt_lab.simulator.translate import mask_comments_and_strings
 
 __all__ = ["Kernel", "Parameter", "Program", "backend_named", "compile"]
@@ -137,7 +138,9 @@ class Program:
         declared = _declared_kernels(source)
         lines = [f"CONVT_LAB_LAUNCHABLE({k.symbol}, {k.qualified})" for k in declared]
         footer = "\n".join(['#line 1 "launchers"', '#include "launch.cuh"', *lines])
-        self.library = backend.build(name, f"{source}\n{footer}\n")
+        self._name = name
+        self._text = f"{source}\n{footer}\n"
+        self.library = backend.build(name, self._text)
         self.kernels: Mapping[str, Kernel] = MappingProxyType(
             {k.name: self._kernel(k) for k in declared}
         )
@@ -153,7 +156,9 @@ class Program:
         args: Sequence[Any],
         shared_bytes: int = 0,
         trace: bool = False,
-    ) -> None:
+        *,
+        blocks: Sequence[int] | None = None,
+    ) -> Report | None:
         """Run a kernel and wait until its results are in the caller's arrays.
 
         Parameters
@@ -169,7 +174,16 @@ class Program:
         shared_bytes
             Dynamic shared memory of a block, in bytes.
         trace
-            Count what every warp does. Not built yet.
+            Count what every warp does and look for hazards, on the simulator. It takes some ten to
+            a hundred times as long.
+        blocks
+            With `trace`: run these blocks only, by linear index (x fastest), for a launch that is
+            too large to trace whole.
+
+        Returns
+        -------
+        Report or None
+            With `trace`, what was counted.
 
         Raises
         ------
@@ -178,49 +192,79 @@ class Program:
         TypeError, ValueError
             If the arguments don't fit the kernel's declaration.
         """
-        if trace:
-            raise NotImplementedError("trace=True: the simulator does not count accesses yet")
         kernel = self._find(name)
         grid_size, block_size = _extent("grid", grid), _extent("block", block)
         limit = self._backend.max_shared_bytes()
         if not isinstance(shared_bytes, Integral) or not 0 <= shared_bytes <= limit:
             raise ValueError(f"shared_bytes={shared_bytes!r}: must be an integer from 0 to {limit}")
-        values = _match_arguments(kernel, args)
-        arrays = [v for v in values if isinstance(v, Array)]
-        with self._backend.lend(arrays) as addresses:
-            remaining = iter(addresses)
-            storage = [
-                ctypes.c_void_p(next(remaining)) if isinstance(v, Array) else v for v in values
-            ]
-            pointers = [ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in storage]
-            start = getattr(self.library, f"convt_lab_launch_{kernel.symbol}")
-            code = start(
+
+        def start(library: ctypes.CDLL, values: list[Any]) -> int:
+            pointers = [ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values]
+            return getattr(library, f"convt_lab_launch_{kernel.symbol}")(
                 (ctypes.c_uint * 3)(*grid_size),
                 (ctypes.c_uint * 3)(*block_size),
                 ctypes.c_size_t(shared_bytes),
                 (ctypes.c_void_p * max(1, len(pointers)))(*pointers),
                 ctypes.c_void_p(self._backend.stream()),
             )
-            if code != 0:
-                raise self._backend.error(self.library, code, name)
-            self._backend.synchronize(self.library, name)
 
-    def call(self, launcher: str, *args: Any) -> None:
+        values = _match_arguments(kernel, args)
+        if trace:
+            return self._traced(name, values, start, _block_numbers(blocks, grid_size))
+        if blocks is not None:
+            raise ValueError(f"blocks={blocks!r}: only a traced launch can run some of the blocks")
+        self._run(name, values, start)
+        self._backend.synchronize(self.library, name)
+        return None
+
+    def call(
+        self, launcher: str, *args: Any, trace: bool = False, blocks: Sequence[int] | None = None
+    ) -> Report | None:
         """Call a launcher of the source's own (``extern "C" cudaError_t launcher(..., stream)``).
 
         `args` are `Array` (a pointer), None (the null pointer) or ctypes values; the stream is
-        added.
+        added. The launch is not waited for. `trace` and `blocks` are as for `launch`.
         """
-        arrays = [a for a in args if a is None or isinstance(a, Array)]
+
+        def start(library: ctypes.CDLL, values: list[Any]) -> int:
+            return getattr(library, launcher)(*values, ctypes.c_void_p(self._backend.stream()))
+
+        values = [ctypes.c_void_p(None) if a is None else a for a in args]
+        if trace:
+            return self._traced(launcher, values, start, blocks)
+        self._run(launcher, values, start)
+        return None
+
+    def _run(self, name: str, values: list[Any], start: _Start) -> None:
+        arrays = [v for v in values if isinstance(v, Array)]
         with self._backend.lend(arrays) as addresses:
-            remaining = iter(addresses)
-            values = [
-                ctypes.c_void_p(next(remaining)) if a is None or isinstance(a, Array) else a
-                for a in args
-            ]
-            code = getattr(self.library, launcher)(*values, ctypes.c_void_p(self._backend.stream()))
+            code = start(self.library, _with_addresses(values, addresses))
             if code != 0:
-                raise self._backend.error(self.library, code, launcher)
+                raise self._backend.error(self.library, code, name)
+
+    def _traced(
+        self, name: str, values: list[Any], start: _Start, blocks: Sequence[int] | None
+    ) -> Report:
+        backend = self._backend
+        if not isinstance(backend, Simulator):
+            raise ValueError("trace=True needs the simulator: compile with backend='simulator'")
+        library = self._instrumented
+        arrays = [v for v in values if isinstance(v, Array)]
+        with (
+            backend.lend(arrays) as addresses,
+            backend.trace(library, self.source, arrays, addresses, blocks) as report,
+        ):
+            code = start(library, _with_addresses(values, addresses))
+            if code != 0:
+                error = backend.error(library, code, name)
+                error.report = report()
+                raise error
+            return report()
+
+    @functools.cached_property
+    def _instrumented(self) -> ctypes.CDLL:
+        """The same text, built to be traced; made when it is first needed."""
+        return self._backend.build(f"{self._name}_traced", self._text, traced=True)
 
     def _kernel(self, declared: _Declared) -> Kernel:
         tell = getattr(self.library, f"convt_lab_signature_{declared.symbol}")
@@ -246,6 +290,23 @@ class Program:
 
 
 # ---- What a launch is given --------------------------------------------------------------------
+
+_Start = Callable[[ctypes.CDLL, list[Any]], int]
+
+
+def _with_addresses(values: list[Any], addresses: list[int]) -> list[Any]:
+    remaining = iter(addresses)
+    return [ctypes.c_void_p(next(remaining)) if isinstance(v, Array) else v for v in values]
+
+
+def _block_numbers(blocks: Sequence[int] | None, grid: tuple[int, ...]) -> Sequence[int] | None:
+    count = grid[0] * grid[1] * grid[2]
+    if blocks is not None and (
+        not len(blocks) or not all(isinstance(b, Integral) and 0 <= b < count for b in blocks)
+    ):
+        raise ValueError(f"blocks={blocks!r}: must be linear block numbers from 0 to {count - 1}")
+    return blocks
+
 
 _INTEGER_TYPES = {
     "i1": ctypes.c_int8,
@@ -295,17 +356,15 @@ def _pointer(kernel: Kernel, parameter: Parameter, value: Any) -> Any:
             f"{kernel.name}: {parameter.name!r} is a pointer ({parameter.code}); "
             f"pass a NumPy array or a tensor, not {type(value).__name__} {value!r}"
         )
-    array = Array.of(parameter.name, value)
+    try:
+        array = Array.of(parameter.name, value, written=not parameter.is_const)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{kernel.name}: {error}") from None
     element = parameter.element
     if not element.startswith("V") and array.code != element:
         raise TypeError(
             f"{kernel.name}: {parameter.name!r} points to {element}; "
             f"the array passed has dtype {value.dtype}"
-        )
-    if not parameter.is_const and not array.writable:
-        raise ValueError(
-            f"{kernel.name}: {parameter.name!r} is written by the kernel (its pointer is not "
-            "const), and the array passed is read-only"
         )
     return array
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from convt_lab.backend import KERNEL_FOLDER, Array
 from convt_lab.problem import Problem
 from convt_lab.program import BackendName, Program
 from convt_lab.program import compile as compile_source
+from convt_lab.simulator.report import Report
 
 __all__ = ["Stage", "stages"]
 
@@ -131,11 +132,61 @@ class Stage:
         TypeError
             If a dtype is not float32 or an argument has a wrong type.
         """
+        call = _Call(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        device = call.output.device
+        if call.output.numel() > 0:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                self.program("gpu" if device.type == "cuda" else "simulator").call(
+                    self.name, *call.launcher_arguments
+                )
+        output = call.output.squeeze(0) if call.is_unbatched else call.output
+        return output.numpy() if isinstance(x, np.ndarray) else output
+
+    def profile(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        dilation: int | tuple[int, ...] = 1,
+        *,
+        blocks: Sequence[int] | None = None,
+    ) -> Report:
+        """Count what the stage's warps do on a problem, on the simulator wherever `x` is.
+
+        Parameters
+        ----------
+        x, weight, bias, stride, padding, output_padding, groups, dilation
+            As for calling the stage.
+        blocks
+            Trace (and run) these blocks only, by linear index, where all would take too long.
+
+        Returns
+        -------
+        Report
+        """
+        tensors = [_as_tensor(n, t).cpu() for n, t in (("x", x), ("weight", weight))]
+        tensors.append(None if bias is None else _as_tensor("bias", bias).cpu())
+        call = _Call(*tensors, stride, padding, output_padding, groups, dilation)
+        if call.output.numel() == 0:
+            raise ValueError("the output is empty: there is nothing to profile")
+        return self.program("simulator").call(
+            self.name, *call.launcher_arguments, trace=True, blocks=blocks
+        )
+
+
+class _Call:
+    """The arguments of a call, checked, and the output to fill."""
+
+    def __init__(self, x, weight, bias, stride, padding, output_padding, groups, dilation):
         arrays = {"x": x, "weight": weight, "bias": bias}
         tensors = {name: _as_tensor(name, a) for name, a in arrays.items() if a is not None}
         device = _common_device(tensors)
-        unbatched = tensors["x"].dim() == 3
-        if unbatched:
+        self.is_unbatched = tensors["x"].dim() == 3
+        if self.is_unbatched:
             tensors["x"] = tensors["x"].unsqueeze(0)
         problem = Problem.from_shapes(
             tuple(tensors["x"].shape),
@@ -147,23 +198,22 @@ class Stage:
             groups=groups,
             dilation=dilation,
         )
-        output = torch.empty(problem.output_shape, dtype=torch.float32, device=device)
+        self.output = torch.empty(problem.output_shape, dtype=torch.float32, device=device)
         if device.type == "cpu":
-            output.fill_(float("nan"))  # a pixel that the kernel forgets must not look right
-        if output.numel() > 0:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                self.program("gpu" if device.type == "cuda" else "simulator").call(
-                    self.name,
-                    *(
-                        Array.of(name, tensors[name].contiguous()) if name in tensors else None
-                        for name in arrays
-                    ),
-                    Array.of("output", output),
-                    _ConvTransposeProblem.of(problem),
-                )
-        if unbatched:
-            output = output.squeeze(0)
-        return output.numpy() if isinstance(x, np.ndarray) else output
+            self.output.fill_(float("nan"))  # a pixel that the kernel forgets must not look right
+
+        def read(parameter: str, name: str) -> Array | None:
+            if name not in tensors:
+                return None
+            return Array.of(parameter, tensors[name].contiguous(), written=False)
+
+        self.launcher_arguments = (
+            read("input", "x"),
+            read("weight", "weight"),
+            read("bias", "bias"),
+            Array.of("output", self.output, written=True),
+            _ConvTransposeProblem.of(problem),
+        )
 
 
 def _as_tensor(name: str, value: Tensor) -> torch.Tensor:

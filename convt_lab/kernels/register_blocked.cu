@@ -61,8 +61,8 @@ struct Sizes {
 
   // The chunk of the variant whose sizes are constants.
   __host__ __device__ static constexpr Chunk fixed_chunk() {
-    constexpr int columns = TILE_W + KW - 1;
-    return {CHUNK_CI, KH, KW, TILE_H + KH - 1, columns, 4 * next_odd((columns + 3) / 4)};
+    constexpr int columns = TILE_W - THREAD_W + WINDOW;  // the last window is whole
+    return {CHUNK_CI, KH, KW, TILE_H + KH - 1, columns, 4 * next_odd(columns / 4)};
   }
 };
 

@@ -16,13 +16,15 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from convt_lab.backend import SOURCE_NAME, Array, Backend, compile_error, kernel_headers
 from convt_lab.build import BuildError, cached_library
 from convt_lab.errors import KernelError
+from convt_lab.simulator.report import Report
+from convt_lab.simulator.trace import declare, trace
 from convt_lab.simulator.translate import mask_comments_and_strings, translate
 
 __all__ = ["Simulator", "find_compiler"]
@@ -30,11 +32,21 @@ __all__ = ["Simulator", "find_compiler"]
 _FOLDER = Path(__file__).parent
 
 # -ffp-contract=off: what is fused is what the source calls fmaf. -fno-gnu-unique: statics of
-# templates (shared arrays) stay each library's own. -fno-strict-aliasing: kernels read floats through
-# float4*.
+# templates (shared arrays) stay each library's own. -fno-strict-aliasing: kernels read floats
+# through float4*.
 _FLAGS = (
-    *("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-g1"),
-    *("-ffp-contract=off", "-fno-gnu-unique", "-fno-strict-aliasing", "-Wl,-Bsymbolic"),
+    *("-std=c++17", "-fPIC", "-pthread"),
+    *("-ffp-contract=off", "-fno-gnu-unique", "-fno-strict-aliasing"),
+)
+_LINK_FLAGS = ("-shared", "-pthread", "-Wl,-Bsymbolic")
+_SPEED_FLAGS = ("-O2", "-g1")
+# A call before every access and at every basic block, in code that keeps the source's order, so that
+# the tracer can tell which lanes are at the same place (see tracer.h). No scalar replacement: a
+# float4 stays one access.
+_TRACE_FLAGS = (
+    *("-Og", "-gdwarf-4", "-fsanitize=thread", "-fsanitize-coverage=trace-pc", "-DCUDASIM_TRACE"),
+    *("-fno-exceptions", "-fno-tree-sra", "-fno-tree-vectorize", "-fno-tree-dominator-opts"),
+    *("-fno-reorder-blocks", "-fno-reorder-blocks-and-partition"),
 )
 
 
@@ -65,6 +77,8 @@ def _compile(
     extra: Sequence[str],
     headers: Mapping[str, str],
     libraries: Sequence[Path] = (),
+    *,
+    traced: bool = False,
 ) -> Path:
     """Build C++ `source`, which may include `headers` (texts by name), into a cached library."""
     compiler = find_compiler()
@@ -73,19 +87,25 @@ def _compile(
         raise BuildError(
             f"no C++ compiler: {wanted!r} is not on PATH; install g++ or set CXX to a path"
         )
-    flags = [*_FLAGS, *_machine_flags(), *extra]
+    flags = [*_FLAGS, *_machine_flags(), *(_TRACE_FLAGS if traced else _SPEED_FLAGS), *extra]
 
     def build(library: Path) -> None:
         file = library.with_suffix(".cpp")
         file.write_text(source)
         for header, text in headers.items():
             (library.parent / header).write_text(text)
-        command = [compiler, *flags, str(file), *map(str, libraries), "-o", str(library)]
-        result = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=library.parent
-        )
-        if result.returncode != 0:
-            raise compile_error("g++", result.stderr)
+        # Compiling and linking apart, because linking must not bring in the sanitizer's library.
+        unit = library.with_suffix(".o")
+        for command in (
+            [compiler, *flags, "-c", str(file), "-o", str(unit)],
+            [compiler, *_LINK_FLAGS, str(unit), *map(str, libraries), "-o", str(library)],
+        ):
+            result = subprocess.run(
+                command, capture_output=True, text=True, check=False, cwd=library.parent
+            )
+            if result.returncode != 0:
+                raise compile_error("g++", result.stderr)
+        unit.unlink()
 
     version = f"{compiler} {_compiler_version(compiler)} {platform.machine()}"
     key = [source, " ".join(flags), version, *headers.values(), *map(str, libraries)]
@@ -94,13 +114,14 @@ def _compile(
 
 @functools.cache
 def _runtime_path() -> Path:
-    header = {"runtime.h": (_FOLDER / "runtime.h").read_text()}
-    return _compile("runtime", (_FOLDER / "runtime.cpp").read_text(), [], header)
+    headers = {name: (_FOLDER / name).read_text() for name in ("runtime.h", "tracer.h")}
+    return _compile("runtime", (_FOLDER / "runtime.cpp").read_text(), ["-I."], headers)
 
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_runtime_path()))
+    declare(library)
     library.cudasim_failure.restype = ctypes.POINTER(_Failure)
     library.cudasim_allocate.restype = ctypes.c_void_p
     library.cudasim_allocate.argtypes = [ctypes.c_size_t]
@@ -138,7 +159,7 @@ class Simulator(Backend):
     def __init__(self) -> None:
         self._lent: list[tuple[str, int, int]] = []  # name, address, bytes of the launch under way
 
-    def build(self, name: str, source: str) -> ctypes.CDLL:
+    def build(self, name: str, source: str, *, traced: bool = False) -> ctypes.CDLL:
         """Compile with g++ against the simulator's headers and runtime."""
         # Float atomics give sums that depend on the order of the blocks: run those on one core, so
         # that a kernel gives the same bits every time.
@@ -148,7 +169,24 @@ class Simulator(Backend):
         headers |= {path.name: path.read_text() for path in sorted(_FOLDER.glob("include/*.h"))}
         headers["runtime.h"] = (_FOLDER / "runtime.h").read_text()
         flags = ["-I.", f"-DCUDASIM_WORKERS={workers}"]
-        return ctypes.CDLL(str(_compile(name, text, flags, headers, [_runtime_path()])))
+        path = _compile(name, text, flags, headers, [_runtime_path()], traced=traced)
+        return ctypes.CDLL(str(path))
+
+    @contextmanager
+    def trace(
+        self,
+        library: ctypes.CDLL,
+        source: str,
+        arrays: Sequence[Array | None],
+        addresses: Sequence[int],
+        blocks: Sequence[int] | None,
+    ) -> Iterator[Callable[[], Report]]:
+        """Trace the launches in this context, of a `library` that was built to be traced.
+
+        Yields a function that returns what has been counted so far.
+        """
+        with trace(_runtime(), library, source, arrays, addresses, blocks) as report:
+            yield report
 
     @contextmanager
     def lend(self, arrays: Sequence[Array | None]) -> Iterator[list[int]]:
@@ -186,7 +224,7 @@ class Simulator(Backend):
             self._lent = [(a.name, copy_of(a), a.nbytes) for a in present]
             yield [0 if a is None else copy_of(a) for a in arrays]
             for array in present:
-                if array.writable and array.nbytes:
+                if array.written and array.nbytes:
                     ctypes.memmove(array.address, copy_of(array), array.nbytes)
 
     def stream(self) -> None:

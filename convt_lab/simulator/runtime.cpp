@@ -13,6 +13,8 @@
 
 #include "runtime.h"
 
+#include "tracer.h"
+
 #include <dlfcn.h>
 #include <link.h>
 #include <sched.h>
@@ -202,18 +204,19 @@ struct Thread {
   std::uint32_t took_part;  // what the exchange returns
 };
 
-struct SharedSegment {  // the kernel library's thread-local storage
-  std::size_t module = 0;
-  std::size_t bytes = 0;
+struct Library {           // the kernel's
+  std::size_t module = 0;  // of its thread-local storage, where the shared arrays are
+  std::size_t shared_bytes = 0;
+  std::uintptr_t start = 0, end = 0;
 };
 
 class Worker {
  public:
-  Worker(const CudasimLaunch& launch, SharedSegment segment);
+  Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tracer* tracer);
   ~Worker();
 
   // Runs one block; false when it failed (see failure()).
-  bool run_block(CudasimIndex block);
+  bool run_block(CudasimIndex block, std::uint64_t linear);
   const CudasimFailure& failure() const { return failure_; }
 
   CudasimIndex thread_index() const { return threads_[current_].index; }
@@ -221,10 +224,11 @@ class Worker {
   const CudasimLaunch& launch() const { return launch_; }
   void* dynamic_shared() const { return dynamic_shared_; }
 
-  int barrier(int predicate);
+  int barrier(int predicate, std::uint64_t site);
   std::uint32_t exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes);
   [[noreturn]] void abort(int kind, std::uint64_t address, const char* text);
   bool in_fiber() const { return in_fiber_; }
+  cudasim::Tracer* tracer() const { return tracer_; }
 
  private:
   static void fiber_main();
@@ -236,9 +240,11 @@ class Worker {
   void release_barrier_if_complete();
   void release_warp_if_complete(int warp);
   void make_ready(int thread);
+  void resume(int thread);  // `thread` is the one that runs from now on
   void report_deadlock();
 
   const CudasimLaunch& launch_;
+  cudasim::Tracer* const tracer_;  // null unless this launch is traced
   CudasimIndex block_{};
   int count_ = 0;  // threads in the block
   std::vector<Thread> threads_;
@@ -269,6 +275,8 @@ class Worker {
 __attribute__((tls_model("initial-exec"))) thread_local Worker* worker = nullptr;
 thread_local CudasimFailure last_failure{};
 thread_local int pending_error = 0;
+thread_local std::unique_ptr<cudasim::Tracer> active_tracer;
+thread_local std::vector<std::uint64_t> traced_blocks;
 
 extern "C" void* __tls_get_addr(std::size_t*);
 
@@ -279,35 +287,39 @@ char* tls_block(std::size_t module) {
   return static_cast<char*>(__tls_get_addr(&index.module));
 }
 
-// Finds the thread-local segment of the library that holds `address`.
-SharedSegment find_shared_segment(const void* address) {
+// Finds the library that holds `address`.
+Library find_library(const void* address) {
   struct Search {
     std::uintptr_t address;
-    SharedSegment found;
+    Library found;
   } search{reinterpret_cast<std::uintptr_t>(address), {}};
   dl_iterate_phdr(
       [](dl_phdr_info* info, std::size_t, void* data) {
         auto& search = *static_cast<Search*>(data);
+        Library library;
+        library.start = ~std::uintptr_t{0};
         bool holds = false;
-        std::size_t bytes = 0;
         for (int i = 0; i < info->dlpi_phnum; ++i) {
           const auto& header = info->dlpi_phdr[i];
           const std::uintptr_t start = info->dlpi_addr + header.p_vaddr;
-          if (header.p_type == PT_LOAD && search.address >= start &&
-              search.address < start + header.p_memsz) {
-            holds = true;
+          if (header.p_type == PT_LOAD) {
+            library.start = std::min(library.start, start);
+            library.end = std::max(library.end, start + header.p_memsz);
+            holds |= search.address >= start && search.address < start + header.p_memsz;
+          } else if (header.p_type == PT_TLS) {
+            library.module = info->dlpi_tls_modid;
+            library.shared_bytes = header.p_memsz;
           }
-          if (header.p_type == PT_TLS) bytes = header.p_memsz;
         }
-        if (!holds) return 0;
-        if (bytes > 0) search.found = {info->dlpi_tls_modid, bytes};
-        return 1;
+        if (holds) search.found = library;
+        return holds ? 1 : 0;
       },
       &search);
   return search.found;
 }
 
-Worker::Worker(const CudasimLaunch& launch, SharedSegment segment) : launch_(launch) {
+Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tracer* tracer)
+    : launch_(launch), tracer_(tracer) {
   count_ = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   threads_.resize(count_);
   int linear = 0;
@@ -317,9 +329,9 @@ Worker::Worker(const CudasimLaunch& launch, SharedSegment segment) : launch_(lau
     }
   }
   ready_.reserve(2 * count_);
-  if (segment.bytes > 0) {
-    shared_ = tls_block(segment.module);
-    shared_bytes_ = segment.bytes;
+  if (library.shared_bytes > 0) {
+    shared_ = tls_block(library.module);
+    shared_bytes_ = library.shared_bytes;
   }
   if (launch.shared_bytes > 0) dynamic_shared_ = cudasim_allocate(launch.shared_bytes);
 
@@ -329,6 +341,10 @@ Worker::Worker(const CudasimLaunch& launch, SharedSegment segment) : launch_(lau
   stack.ss_size = kAlternateStackBytes;
   sigaltstack(&stack, &old_alternate_stack_);
   worker = this;
+  if (tracer_ != nullptr) {
+    tracer_->begin_launch(launch, shared_, static_cast<const char*>(dynamic_shared_), library.start,
+                          library.end);
+  }
 }
 
 Worker::~Worker() {
@@ -338,7 +354,7 @@ Worker::~Worker() {
   if (dynamic_shared_ != nullptr) cudasim_release(dynamic_shared_);
 }
 
-bool Worker::run_block(CudasimIndex block) {
+bool Worker::run_block(CudasimIndex block, std::uint64_t linear) {
   block_ = block;
   for (auto& thread : threads_) {
     thread.state = State::kNew;
@@ -354,10 +370,12 @@ bool Worker::run_block(CudasimIndex block) {
   std::memset(shared_, kPoison, shared_bytes_);
   if (dynamic_shared_ != nullptr) std::memset(dynamic_shared_, kPoison, launch_.shared_bytes);
 
+  if (tracer_ != nullptr) tracer_->begin_block(block, linear);
   Context& first = next_context();
   in_fiber_ = true;
   Context::change(main_, first);
   in_fiber_ = false;
+  if (tracer_ != nullptr) tracer_->end_block();
   return failure_.kind == CUDASIM_NONE;
 }
 
@@ -366,8 +384,8 @@ void Worker::fiber_main() { worker->run_threads(); }
 // A fiber's life within a block: start thread after thread, each of which may wait on the way.
 void Worker::run_threads() {
   while (next_new_ < count_) {
-    current_ = next_new_++;
-    threads_[current_].fiber = running_;
+    threads_[next_new_].fiber = running_;
+    resume(next_new_++);
     launch_.run_thread(launch_.call);
     thread_finished();
   }
@@ -388,12 +406,13 @@ Fiber* Worker::take_idle_fiber() {
 
 Context& Worker::next_context() {
   if (ready_head_ < ready_.size()) {
-    current_ = ready_[ready_head_++];
+    const int thread = ready_[ready_head_++];
     if (ready_head_ == ready_.size()) {
       ready_.clear();
       ready_head_ = 0;
     }
-    running_ = threads_[current_].fiber;
+    running_ = threads_[thread].fiber;
+    resume(thread);
     return running_->context;
   }
   if (next_new_ < count_) {
@@ -402,6 +421,13 @@ Context& Worker::next_context() {
   }
   if (live_ > 0) report_deadlock();
   return main_;
+}
+
+void Worker::resume(int thread) {
+  current_ = thread;
+  if (tracer_ != nullptr) {
+    tracer_->run_thread(thread, threads_[thread].index, running_->stack, kStackBytes);
+  }
 }
 
 void Worker::wait() {
@@ -413,6 +439,7 @@ void Worker::wait() {
 void Worker::thread_finished() {
   threads_[current_].state = State::kDone;
   --live_;
+  if (tracer_ != nullptr) tracer_->finish_thread();
   release_barrier_if_complete();
   release_warp_if_complete(current_ / kWarpSize);
 }
@@ -422,7 +449,8 @@ void Worker::make_ready(int thread) {
   ready_.push_back(thread);
 }
 
-int Worker::barrier(int predicate) {
+int Worker::barrier(int predicate, std::uint64_t site) {
+  if (tracer_ != nullptr) tracer_->arrive_at_barrier(site);
   threads_[current_].state = State::kAtBarrier;
   threads_[current_].predicate = predicate;
   ++waiting_;
@@ -434,6 +462,7 @@ int Worker::barrier(int predicate) {
 // Threads that have exited count as arrived, as on the hardware.
 void Worker::release_barrier_if_complete() {
   if (waiting_ == 0 || waiting_ < live_) return;
+  if (tracer_ != nullptr) tracer_->release_barrier();
   barrier_result_ = 0;
   for (int i = 0; i < count_; ++i) {
     if (threads_[i].state != State::kAtBarrier) continue;
@@ -467,6 +496,7 @@ void Worker::release_warp_if_complete(int warp) {
     if ((arrived >> lane & 1) == 0) continue;
     const std::uint32_t wanted = threads_[first + lane].mask & live;
     if ((wanted & ~arrived) != 0) continue;
+    if (tracer_ != nullptr) tracer_->release_warp(warp);
     for (int other = 0; other < lanes; ++other) {
       if ((wanted >> other & 1) == 0) continue;
       Thread& thread = threads_[first + other];
@@ -502,6 +532,7 @@ void Worker::abort(int kind, std::uint64_t address, const char* text) {
   failure_.block = block_;
   failure_.thread = threads_[current_].index;
   std::snprintf(failure_.text, sizeof(failure_.text), "%s", text);
+  if (tracer_ != nullptr) tracer_->stop();
   Context abandoned;
   Context::change(abandoned, main_);
   __builtin_unreachable();
@@ -557,6 +588,9 @@ class FaultHandlers {
   }
 };
 
+// The call instruction in the kernel's library that led to the function at hand.
+#define CUDASIM_CALLER (reinterpret_cast<std::uint64_t>(__builtin_return_address(0)) - 1)
+
 int available_cores() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
@@ -594,16 +628,19 @@ extern "C" {
 
 void cudasim_launch(const CudasimLaunch* launch) {
   // The call's data lies on the launcher's stack; its code tells the library.
-  const SharedSegment segment =
-      find_shared_segment(reinterpret_cast<const void*>(launch->run_thread));
-  if (!check_configuration(*launch, segment.bytes)) {
+  const Library library = find_library(reinterpret_cast<const void*>(launch->run_thread));
+  if (!check_configuration(*launch, library.shared_bytes)) {
     if (pending_error == 0) pending_error = kInvalidConfiguration;
     return;
   }
 
   const auto& grid = launch->grid;
-  const std::uint64_t blocks = static_cast<std::uint64_t>(grid.x) * grid.y * grid.z;
+  cudasim::Tracer* const tracer = active_tracer.get();
+  const bool some = tracer != nullptr && !traced_blocks.empty();
+  const std::uint64_t blocks =
+      some ? traced_blocks.size() : static_cast<std::uint64_t>(grid.x) * grid.y * grid.z;
   int workers = launch->workers > 0 ? launch->workers : available_cores();
+  if (tracer != nullptr) workers = 1;
   workers = static_cast<int>(std::min<std::uint64_t>(workers, blocks));
 
   FaultHandlers handlers;
@@ -612,14 +649,15 @@ void cudasim_launch(const CudasimLaunch* launch) {
   std::uint64_t failed_block = ~0ull;
   CudasimFailure failure{};
   auto work = [&] {
-    Worker self(*launch, segment);
+    Worker self(*launch, library, tracer);
     for (;;) {
-      const std::uint64_t i = next_block.fetch_add(1, std::memory_order_relaxed);
-      if (i >= blocks) return;
+      const std::uint64_t turn = next_block.fetch_add(1, std::memory_order_relaxed);
+      if (turn >= blocks) return;
+      const std::uint64_t i = some ? traced_blocks[turn] : turn;
       const CudasimIndex block{static_cast<unsigned>(i % grid.x),
                                static_cast<unsigned>(i / grid.x % grid.y),
                                static_cast<unsigned>(i / grid.x / grid.y)};
-      if (self.run_block(block)) continue;
+      if (self.run_block(block, i)) continue;
       next_block = blocks;
       std::lock_guard<std::mutex> lock(failure_mutex);
       if (i < failed_block) {
@@ -654,7 +692,7 @@ CudasimIndex cudasim_block_index() { return worker->block_index(); }
 CudasimIndex cudasim_block_size() { return worker->launch().block; }
 CudasimIndex cudasim_grid_size() { return worker->launch().grid; }
 void* cudasim_dynamic_shared() { return worker->dynamic_shared(); }
-int cudasim_barrier(int predicate) { return worker->barrier(predicate); }
+int cudasim_barrier(int predicate) { return worker->barrier(predicate, CUDASIM_CALLER); }
 std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes) {
   return worker->exchange(mask, value, lanes);
 }
@@ -690,6 +728,103 @@ void cudasim_release(void* buffer) {
   if (found == reservations.end()) return;
   munmap(found->second.memory, found->second.bytes);
   reservations.erase(found);
+}
+
+// ---- Tracing ------------------------------------------------------------------------------------
+
+void cudasim_trace_begin(const CudasimTrace* trace) {
+  active_tracer = std::make_unique<cudasim::Tracer>(*trace);
+  traced_blocks.assign(trace->blocks, trace->blocks + trace->block_count);
+}
+void cudasim_trace_end() { active_tracer.reset(); }
+std::uint64_t cudasim_trace_fma() { return active_tracer->fma(); }
+std::uint64_t cudasim_trace_steps() { return active_tracer->steps(); }
+std::uint64_t cudasim_trace_blocks(std::uint64_t* of) {
+  *of = active_tracer->grid_blocks();
+  return active_tracer->blocks();
+}
+std::uint64_t cudasim_trace_footprint(std::size_t buffer) {
+  return active_tracer->footprint(buffer);
+}
+std::size_t cudasim_trace_sites(const CudasimSite** sites) {
+  *sites = active_tracer->sites().data();
+  return active_tracer->sites().size();
+}
+std::size_t cudasim_trace_requests(const CudasimRequest** requests) {
+  *requests = active_tracer->examples().data();
+  return active_tracer->examples().size();
+}
+std::size_t cudasim_trace_hazards(const CudasimHazard** hazards) {
+  *hazards = active_tracer->hazards().data();
+  return active_tracer->hazards().size();
+}
+std::size_t cudasim_trace_loads(std::size_t buffer, const std::uint32_t** counts) {
+  *counts = active_tracer->loads(buffer).data();
+  return active_tracer->loads(buffer).size();
+}
+
+// Instrumented code also runs outside kernels (a launcher), and with no trace under way.
+static cudasim::Tracer* current_tracer() { return worker == nullptr ? nullptr : worker->tracer(); }
+
+float cudasim_fma(float a, float b, float c) {
+  if (cudasim::Tracer* tracer = current_tracer()) tracer->count_fma();
+  return __builtin_fmaf(a, b, c);
+}
+
+static void trace_access(std::uint64_t pc, const void* address, std::size_t bytes,
+                         cudasim::Operation op) {
+  cudasim::Tracer* tracer = current_tracer();
+  if (tracer == nullptr) return;
+  const auto where = reinterpret_cast<std::uint64_t>(address);
+  const char* fault = tracer->access(pc, where, static_cast<std::uint32_t>(bytes), op);
+  if (fault != nullptr) worker->abort(CUDASIM_BAD_ACCESS, where, fault);
+}
+
+void cudasim_atomic(const void* address, std::size_t bytes) {
+  trace_access(CUDASIM_CALLER, address, bytes, cudasim::kAtomic);
+}
+
+// The two sanitizers' entry points.
+#define CUDASIM_ACCESS(bytes)                                                                    \
+  void __tsan_read##bytes(void* a) { trace_access(CUDASIM_CALLER, a, bytes, cudasim::kLoad); }   \
+  void __tsan_write##bytes(void* a) { trace_access(CUDASIM_CALLER, a, bytes, cudasim::kStore); } \
+  void __tsan_unaligned_read##bytes(void* a) {                                                   \
+    trace_access(CUDASIM_CALLER, a, bytes, cudasim::kLoad);                                      \
+  }                                                                                              \
+  void __tsan_unaligned_write##bytes(void* a) {                                                  \
+    trace_access(CUDASIM_CALLER, a, bytes, cudasim::kStore);                                     \
+  }
+CUDASIM_ACCESS(1)
+CUDASIM_ACCESS(2)
+CUDASIM_ACCESS(4)
+CUDASIM_ACCESS(8)
+CUDASIM_ACCESS(16)
+void __tsan_read_range(void* a, std::size_t bytes) {
+  trace_access(CUDASIM_CALLER, a, bytes, cudasim::kLoad);
+}
+void __tsan_write_range(void* a, std::size_t bytes) {
+  trace_access(CUDASIM_CALLER, a, bytes, cudasim::kStore);
+}
+void __tsan_init() {}
+// The guard of a static variable with a constructor, in host code.
+char __tsan_atomic8_load(const volatile char* a, int) {
+  return __atomic_load_n(a, __ATOMIC_ACQUIRE);
+}
+void __tsan_vptr_read(void**) {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_func_entry(void* caller) {
+  if (cudasim::Tracer* tracer = current_tracer()) {
+    tracer->enter_function(reinterpret_cast<std::uint64_t>(caller));
+  }
+}
+void __tsan_func_exit() {
+  if (cudasim::Tracer* tracer = current_tracer()) tracer->leave_function();
+}
+void __sanitizer_cov_trace_pc() {
+  cudasim::Tracer* tracer = current_tracer();
+  if (tracer != nullptr && !tracer->enter_basic_block(CUDASIM_CALLER)) {
+    worker->abort(CUDASIM_STEP_LIMIT, 0, "the launch takes more steps than it may");
+  }
 }
 
 }  // extern "C"

@@ -19,18 +19,20 @@ struct CudasimLaunch {
   CudasimIndex block;  // threads
   std::size_t shared_bytes;
   void (*run_thread)(const void* call);  // runs the kernel for the current thread
-  const void* call;                      // the kernel and its arguments
+  const void* call;                      // the kernel and its arguments ...
+  std::size_t call_bytes;                // ... which take this much memory
   int workers;                           // CPU threads to spread the blocks over; 0: all
 };
 
 // Why a launch ended early.
 enum CudasimFailureKind : int {
   CUDASIM_NONE = 0,
-  CUDASIM_BAD_ACCESS = 1,        // an address outside every buffer, or a misaligned vector
-  CUDASIM_ARITHMETIC = 2,        // integer division by zero
-  CUDASIM_TRAP = 3,              // __trap() or a failed assert
-  CUDASIM_DEADLOCK = 4,          // threads wait for others that never come
-  CUDASIM_BAD_CONFIGURATION = 5  // grid, block or shared memory outside the limits
+  CUDASIM_BAD_ACCESS = 1,         // an address outside every buffer, or a misaligned vector
+  CUDASIM_ARITHMETIC = 2,         // integer division by zero
+  CUDASIM_TRAP = 3,               // __trap() or a failed assert
+  CUDASIM_DEADLOCK = 4,           // threads wait for others that never come
+  CUDASIM_BAD_CONFIGURATION = 5,  // grid, block or shared memory outside the limits
+  CUDASIM_STEP_LIMIT = 6          // more basic blocks than a traced launch may run
 };
 
 struct CudasimFailure {
@@ -39,6 +41,84 @@ struct CudasimFailure {
   CudasimIndex block, thread;
   char text[256];
 };
+
+// ---- Tracing: see tracer.h ----
+
+enum CudasimSpace : int {
+  CUDASIM_GLOBAL = 0,
+  CUDASIM_STATIC_SHARED = 1,
+  CUDASIM_DYNAMIC_SHARED = 2
+};
+
+enum CudasimHazardKind : int {
+  CUDASIM_RACE = 0,
+  CUDASIM_DIVERGENT_BARRIER = 1,
+  CUDASIM_OUT_OF_BOUNDS = 2,
+  CUDASIM_UNINITIALISED_READ = 3,
+  CUDASIM_WRITE_CONFLICT = 4,
+  CUDASIM_MISALIGNED = 5
+};
+
+struct CudasimBuffer {
+  int space;
+  std::uint64_t start;             // an address; for static shared arrays the place in the segment
+  std::uint64_t bytes;             // 0 for dynamic shared memory: the launch tells
+  std::uint32_t granule;           // bytes of an element
+  std::uint32_t starts_unwritten;  // whether NaN means that nothing has been written yet
+};
+
+struct CudasimTrace {
+  const CudasimBuffer* buffers;
+  std::size_t buffer_count;
+  const std::uint64_t* blocks;  // the blocks to run, by linear index, or null for all
+  std::size_t block_count;
+  std::uint64_t max_steps;  // basic blocks over all threads
+};
+
+// One instruction's accesses to one buffer. `pc` is relative to the kernel's library.
+struct CudasimSite {
+  std::uint64_t pc;
+  int op;  // 1 load, 2 store, 3 atomic
+  int buffer;
+  std::uint64_t requests, active_lanes, transactions, bytes_requested, bytes_moved, ideal;
+};
+
+// The costliest request of a site: where each lane of the warp went, relative to the buffer.
+struct CudasimRequest {
+  std::uint64_t pc;
+  int op;
+  int buffer;
+  std::uint32_t bytes, mask;
+  std::uint64_t transactions;
+  std::uint64_t offsets[32];
+};
+
+struct CudasimHazard {
+  int kind;
+  int buffer;  // -1: none
+  std::uint64_t pc;
+  std::int64_t offset;  // in bytes, from the buffer's start
+  std::uint64_t count;
+  CudasimIndex block, thread, other_block, other_thread;
+};
+
+// Makes this CPU thread's launches traced ones, on one core, until cudasim_trace_end.
+void cudasim_trace_begin(const CudasimTrace* trace);
+void cudasim_trace_end();
+// What the trace holds; arrays live until cudasim_trace_end.
+std::uint64_t cudasim_trace_fma();
+std::uint64_t cudasim_trace_steps();
+std::uint64_t cudasim_trace_blocks(
+    std::uint64_t* of);  // how many were run, of how many in the grid
+std::uint64_t cudasim_trace_footprint(std::size_t buffer);  // distinct sectors
+std::size_t cudasim_trace_sites(const CudasimSite** sites);
+std::size_t cudasim_trace_requests(const CudasimRequest** requests);
+std::size_t cudasim_trace_hazards(const CudasimHazard** hazards);
+std::size_t cudasim_trace_loads(std::size_t buffer, const std::uint32_t** counts);
+
+// What instrumented kernels call.
+float cudasim_fma(float a, float b, float c);
+void cudasim_atomic(const void* address, std::size_t bytes);
 
 // Runs a kernel over its grid. A failure is kept for this CPU thread until it is taken.
 void cudasim_launch(const CudasimLaunch* launch);

@@ -5,16 +5,17 @@
 
 #include <cuda_runtime.h>
 
-inline void __pipeline_memcpy_async(void* shared, const void* global, std::size_t bytes,
-                                    std::size_t zero_fill = 0) {
+__forceinline__ void __pipeline_memcpy_async(void* shared, const void* global, std::size_t bytes,
+                                             std::size_t zero_fill = 0) {
   const std::size_t copied = bytes - zero_fill;
   if (bytes == 4 && copied == 4) {
     *static_cast<float*>(shared) = *static_cast<const float*>(global);
   } else if (bytes == 16 && copied == 16) {
     *static_cast<float4*>(shared) = *static_cast<const float4*>(global);
   } else {
-    if (copied > 0) std::memcpy(shared, global, copied);
-    std::memset(static_cast<char*>(shared) + copied, 0, zero_fill);
+    for (std::size_t i = 0; i < bytes / 4; ++i) {
+      static_cast<float*>(shared)[i] = 4 * i < copied ? static_cast<const float*>(global)[i] : 0.0f;
+    }
   }
 }
 inline void __pipeline_commit() {}

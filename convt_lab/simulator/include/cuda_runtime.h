@@ -123,6 +123,7 @@ void operator%(void (*kernel)(P...), Call<A...> call) {
                              call.shared_bytes,
                              &BoundKernel<P...>::run,
                              &bound,
+                             sizeof(bound),
                              CUDASIM_WORKERS};
   cudasim_launch(&launch);
 }
@@ -138,16 +139,20 @@ struct DynamicShared {
 // ---- Barriers and warps -----------------------------------------------------------------------
 
 // The empty asm keeps the compiler from carrying values of memory across the wait.
-inline int cudasim_wait_for_block(int predicate) {
+__forceinline__ int cudasim_wait_for_block(int predicate) {
   asm volatile("" ::: "memory");
   const int count = cudasim_barrier(predicate);
   asm volatile("" ::: "memory");
   return count;
 }
-inline void __syncthreads() { cudasim_wait_for_block(0); }
-inline int __syncthreads_count(int predicate) { return cudasim_wait_for_block(predicate); }
-inline int __syncthreads_or(int predicate) { return cudasim_wait_for_block(predicate) != 0; }
-inline int __syncthreads_and(int predicate) { return cudasim_wait_for_block(!predicate) == 0; }
+__forceinline__ void __syncthreads() { cudasim_wait_for_block(0); }
+__forceinline__ int __syncthreads_count(int predicate) { return cudasim_wait_for_block(predicate); }
+__forceinline__ int __syncthreads_or(int predicate) {
+  return cudasim_wait_for_block(predicate) != 0;
+}
+__forceinline__ int __syncthreads_and(int predicate) {
+  return cudasim_wait_for_block(!predicate) == 0;
+}
 
 namespace cudasim {
 
@@ -233,9 +238,12 @@ inline void __threadfence_block() { __threadfence(); }
 // ---- Arithmetic and memory intrinsics ---------------------------------------------------------
 
 template <class T>
-T __ldg(const T* address) {
+__forceinline__ T __ldg(const T* address) {
   return *address;
 }
+#ifdef CUDASIM_TRACE
+#define fmaf(a, b, c) (::cudasim_fma((a), (b), (c)))
+#endif
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -270,9 +278,10 @@ inline double max(double a, double b) { return fmax(a, b); }
 
 namespace cudasim {
 
-// Blocks of one launch may run on several cores, so atomics are atomic.
+// Blocks of one launch may run on several cores, so atomics are atomic. A trace sees one access,
+// told by the caller, and not the loads and stores of this loop.
 template <class T, class F>
-T atomic_update(T* address, F update) {
+__attribute__((noinline, no_sanitize("thread"))) T atomic_update(T* address, F update) {
   using Bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
   static_assert(sizeof(T) == sizeof(Bits), "atomics work on 4 and 8 bytes");
   auto* bits = reinterpret_cast<Bits*>(address);
@@ -287,35 +296,43 @@ T atomic_update(T* address, F update) {
 }  // namespace cudasim
 
 template <class T, class U>
-T atomicAdd(T* a, U v) {
+__forceinline__ T atomicAdd(T* a, U v) {
+  cudasim_atomic(a, sizeof(T));
   return cudasim::atomic_update(a, [v](T old) { return static_cast<T>(old + static_cast<T>(v)); });
 }
 template <class T, class U>
-T atomicSub(T* a, U v) {
+__forceinline__ T atomicSub(T* a, U v) {
+  cudasim_atomic(a, sizeof(T));
   return cudasim::atomic_update(a, [v](T old) { return static_cast<T>(old - static_cast<T>(v)); });
 }
 template <class T, class U>
-T atomicMax(T* a, U v) {
+__forceinline__ T atomicMax(T* a, U v) {
+  cudasim_atomic(a, sizeof(T));
   return cudasim::atomic_update(a, [v](T old) { return std::max(old, static_cast<T>(v)); });
 }
 template <class T, class U>
-T atomicMin(T* a, U v) {
+__forceinline__ T atomicMin(T* a, U v) {
+  cudasim_atomic(a, sizeof(T));
   return cudasim::atomic_update(a, [v](T old) { return std::min(old, static_cast<T>(v)); });
 }
 template <class T, class U>
-T atomicExch(T* a, U v) {
+__forceinline__ T atomicExch(T* a, U v) {
+  cudasim_atomic(a, sizeof(T));
   return cudasim::atomic_update(a, [v](T) { return static_cast<T>(v); });
 }
 template <class T, class U>
-T atomicAnd(T* a, U v) {
+__forceinline__ T atomicAnd(T* a, U v) {
+  cudasim_atomic(a, sizeof(T));
   return cudasim::atomic_update(a, [v](T old) { return static_cast<T>(old & static_cast<T>(v)); });
 }
 template <class T, class U>
-T atomicOr(T* a, U v) {
+__forceinline__ T atomicOr(T* a, U v) {
+  cudasim_atomic(a, sizeof(T));
   return cudasim::atomic_update(a, [v](T old) { return static_cast<T>(old | static_cast<T>(v)); });
 }
 template <class T, class U, class V>
-T atomicCAS(T* a, U compare, V v) {
+__forceinline__ T atomicCAS(T* a, U compare, V v) {
+  cudasim_atomic(a, sizeof(T));
   return cudasim::atomic_update(
       a, [compare, v](T old) { return old == static_cast<T>(compare) ? static_cast<T>(v) : old; });
 }
