@@ -22,7 +22,7 @@ from convt_lab.build import BuildError
 from convt_lab.measure import Timing, median_times
 from convt_lab.problem import Problem
 from convt_lab.program import backend_named
-from convt_lab.reference import FLOAT32_GATE, UNIT_ROUNDOFF
+from convt_lab.reference import FLOAT32_GATE, UNIT_ROUNDOFF, float32_gate
 from convt_lab.stages import Stage, stages
 
 __all__ = ["Errors", "Exact", "Row", "climb", "exact", "judge", "ladder", "poisoned", "table"]
@@ -51,15 +51,19 @@ class Exact:
 
 @dataclass(frozen=True)
 class Errors:
-    """How wrong a result is: `reference.relative_l2` and `reference.condition_error`."""
+    """How wrong a result is: `reference.relative_l2` and `reference.condition_error`.
+
+    `gate` is the largest condition error that is right, `reference.float32_gate` of the outputs.
+    """
 
     relative_l2: float
     condition: float
+    gate: float = FLOAT32_GATE
 
     @property
     def is_right(self) -> bool:
         """Whether it is as right as float32 can be asked to be; NaN is not."""
-        return self.condition <= FLOAT32_GATE
+        return self.condition <= self.gate
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ def judge(actual: torch.Tensor, exact: Exact) -> Errors:
         raise ValueError(
             f"actual has shape {list(actual.shape)}: it must be {list(exact.expected.shape)}"
         )
+    gate = float32_gate(actual.numel())
     squares = norm = worst = 0.0
     for result, expected, scale in zip(actual, exact.expected, exact.scale, strict=True):
         result = result.double()
@@ -159,8 +164,8 @@ def judge(actual: torch.Tensor, exact: Exact) -> Errors:
         worst = max(worst, _or_infinite(units.max().item()))
     squares = _or_infinite(squares)
     if norm == 0:
-        return Errors(0.0 if squares == 0 else math.inf, worst)
-    return Errors(math.sqrt(squares / norm), worst)
+        return Errors(0.0 if squares == 0 else math.inf, worst, gate)
+    return Errors(math.sqrt(squares / norm), worst, gate)
 
 
 def _or_infinite(value: float) -> float:
@@ -350,9 +355,9 @@ def _machine(device: str) -> str:
     )
 
 
-_LEGEND = f"""\
-condition error: max|error| / (2^-24 * (|x| conv |w| + |b|)) against float64; at most \
-{FLOAT32_GATE:g} is right"""
+_LEGEND = """\
+condition error: max|error| / (2^-24 * (|x| conv |w| + |b|)) against float64; at most
+       {:.1f} is right for the largest of {:,} errors"""
 
 _TIME_LEGEND = f"""\
 median time: of cold runs (L2 cache flushed before each), CUDA events, all in interleaved rounds
@@ -405,7 +410,8 @@ def ladder(name: str | None = None, device: str | None = None, seed: int = 0) ->
     print()
     print(table(rows))
     print()
-    print(_LEGEND)
+    outputs = math.prod(problem.output_shape)
+    print(_LEGEND.format(float32_gate(outputs), outputs))
     if device == "cuda":
         print(_TIME_LEGEND)
     wrong = [row for row in rows if row.name in stages and not row.is_right]

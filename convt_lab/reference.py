@@ -11,6 +11,7 @@ Shapes and argument order are PyTorch's; the arithmetic is explained by V. Dumou
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
     "UNIT_ROUNDOFF",
     "condition_error",
     "condition_scale",
+    "float32_gate",
     "gather",
     "relative_l2",
     "scatter",
@@ -42,8 +44,19 @@ A sum of n products, each step rounded once, is at most about n units wrong, but
 cancel: a chain of float32 multiply-adds as long as the star problem's, 64 * 3 * 7 = 1344 terms,
 stays at a few units, and sums in another order at less. Operands rounded to TF32 cost hundreds of
 units; a term left out or multiplied by a wrong weight, thousands. So 8 separates right from wrong
-with room on both sides.
+with room on both sides, for up to a million outputs: see :func:`float32_gate`.
 """
+
+
+def float32_gate(outputs: int) -> float:
+    """Return the gate for the largest error among `outputs` outputs: 8 for up to a million.
+
+    The condition error is a maximum. Roundings that mostly cancel leave errors that are close to
+    normally distributed, and the largest of M such values grows like ``sqrt(2 ln M)``. The star
+    problem has 136 million outputs, whose gate is 8 * sqrt(ln 136e6 / ln 1e6) = 9.3.
+    """
+    million = 1e6
+    return FLOAT32_GATE * math.sqrt(math.log(max(outputs, million)) / math.log(million))
 
 
 @np.errstate(over="ignore", invalid="ignore")

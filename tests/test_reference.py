@@ -15,6 +15,7 @@ from convt_lab.reference import (
     UNIT_ROUNDOFF,
     condition_error,
     condition_scale,
+    float32_gate,
     gather,
     relative_l2,
     scatter,
@@ -400,3 +401,9 @@ def test_weights_in_a_wrong_order_within_a_group_do_not_pass():
         assert condition_error(actual, x, weight, bias, **problem.arguments) > FLOAT32_GATE
         seen += 1
     assert seen >= 30
+
+
+def test_the_gate_grows_with_the_number_of_outputs_and_not_below_a_million():
+    assert float32_gate(0) == float32_gate(10**6) == FLOAT32_GATE
+    star = 8 * 64 * 514 * 518
+    assert float32_gate(star) == pytest.approx(9.3, abs=0.05)

@@ -40,9 +40,9 @@ _FLAGS = (
 )
 _LINK_FLAGS = ("-shared", "-pthread", "-Wl,-Bsymbolic")
 _SPEED_FLAGS = ("-O2", "-g1")
-# A call before every access and at every basic block, in code that keeps the source's order, so that
-# the tracer can tell which lanes are at the same place (see tracer.h). No scalar replacement: a
-# float4 stays one access.
+# A call before every access and at every basic block, in code that keeps the source's order, so
+# that the tracer can tell which lanes are at the same place (see tracer.h). No scalar replacement:
+# a float4 stays one access.
 _TRACE_FLAGS = (
     *("-Og", "-gdwarf-4", "-fsanitize=thread", "-fsanitize-coverage=trace-pc", "-DCUDASIM_TRACE"),
     *("-fno-exceptions", "-fno-tree-sra", "-fno-tree-vectorize", "-fno-tree-dominator-opts"),

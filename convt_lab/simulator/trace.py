@@ -125,7 +125,7 @@ def trace(
     addresses: Sequence[int],
     blocks: Sequence[int] | None,
 ) -> Iterator[Callable[[], Report]]:
-    """Trace the launches in this context; yields a function that reports what was counted so far."""
+    """Trace the launches in this context; yields a function that reports the counts so far."""
     path = Path(library._name)
     names, table = [], []
     for array, address in zip(arrays, addresses, strict=True):

@@ -1,8 +1,9 @@
 """Makes CUDA C++ readable for g++, changing as little as possible and never a line's number.
 
 Three constructs need it: a launch, ``kernel<<<grid, block>>>(args)``; a dynamic shared array,
-``extern __shared__ float tile[];``; and the keyword ``__noinline__``, which can't be a macro because
-the standard library uses that word. Comments, strings and everything else pass through untouched.
+``extern __shared__ float tile[];``; and the keyword ``__noinline__``, which can't be a macro
+because the standard library uses that word. Comments, strings and everything else pass through
+untouched.
 """
 
 from __future__ import annotations
