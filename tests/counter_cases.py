@@ -39,6 +39,12 @@ __global__ void shared_pairs(const float2* x, float2* y, int stride) {
   __syncthreads();
   y[threadIdx.x] = tile[threadIdx.x * stride];
 }
+__global__ void shared_vectors_by_group(const float4* x, float4* y, int group, int stride) {
+  __shared__ float4 tile[8 * 32];
+  for (int i = threadIdx.x; i < 8 * 32; i += 32) tile[i] = x[i];
+  __syncthreads();
+  y[threadIdx.x] = tile[threadIdx.x / group * stride];
+}
 __global__ void half_of_the_lanes(const float* x, float* y) {
   if (threadIdx.x % 2 == 0) y[threadIdx.x] = fmaf(x[threadIdx.x], 2.0f, 1.0f);
 }
@@ -81,6 +87,11 @@ PATTERN_CASES = [
     ),
     *(Pattern("shared_vectors", (stride,), e) for stride, e in [(1, 4), (2, 8), (8, 32)]),
     *(Pattern("shared_pairs", (stride,), e) for stride, e in [(1, 2), (2, 4)]),
+    # Lanes that read the same vector, in groups of 8 or 2, whose vectors lie in the same banks or not.
+    *(
+        Pattern("shared_vectors_by_group", numbers, e)
+        for numbers, e in [((32, 1), 2), ((8, 1), 2), ((8, 8), 4), ((2, 1), 2), ((16, 8), 2)]
+    ),
     Pattern("half_of_the_lanes", (), 4),
 ]
 

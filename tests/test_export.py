@@ -277,8 +277,8 @@ for setting in eval(sys.argv[2]):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
         actual = model(x)
-        stream.synchronize()
         expected = model.conv_transpose2d.double()(x.double())
+    stream.synchronize()
     assert actual.shape == expected.shape and actual.dtype == torch.float32, setting
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 print("all agree")

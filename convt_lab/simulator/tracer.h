@@ -518,12 +518,14 @@ class Tracer {
     }
   }
 
-  // Every bank gives one word a wavefront. 8-byte accesses go by half warps, 16-byte ones by
-  // quarters.
+  // Every bank gives one word a wavefront. Accesses of 8 and 16 bytes go by half warps: within a
+  // half, lanes that want the same words are served together, but not across the halves (measured
+  // on an H200: a float4 that all lanes read takes two wavefronts;
+  // records/nvidia-h200-counters.json).
   static std::uint64_t wavefronts(std::uint64_t start,
                                   const std::array<std::uint64_t, kLanes>& addresses,
                                   std::uint32_t mask, std::uint32_t bytes) {
-    const int group = bytes <= 4 ? 32 : bytes <= 8 ? 16 : 8;
+    const int group = bytes <= 4 ? 32 : 16;
     std::uint64_t total = 0;
     for (int first = 0; first < kLanes; first += group) {
       std::array<std::uint64_t, kLanes * 4> words;

@@ -1,0 +1,631 @@
+"""What the book shows beside its prose: code from the package's own files, constants, pictures.
+
+Excerpts and diffs are found by the text they begin with, never by line number, and constants come
+from the compiler, so a page follows the kernels when its notebook is run again. Matplotlib is
+imported when a picture is drawn, not before. Nothing here computes a transposed convolution, and
+nothing else in the package needs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convt_lab.problem import Axis, Problem
+from convt_lab.program import compile as compile_source
+from convt_lab.simulator.translate import mask_comments_and_strings
+from convt_lab.stages import Stage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Listing",
+    "Picture",
+    "banks",
+    "constants",
+    "diff",
+    "halo",
+    "listing",
+    "request",
+    "residues",
+    "stamps",
+    "warp_tile",
+    "window",
+]
+
+# ---- Code --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A piece of text that a notebook shows as a block of code.
+
+    Attributes
+    ----------
+    text
+        The lines.
+    language
+        As the highlighter calls it: ``cuda``, ``python`` or ``diff``.
+    title
+        Where the lines come from.
+    """
+
+    text: str
+    language: str
+    title: str
+
+    def __repr__(self) -> str:
+        return f"<{self.title}>"
+
+    def _repr_markdown_(self) -> str:
+        return f"`{self.title}`\n\n```{self.language}\n{self.text}\n```"
+
+
+def listing(
+    source: Stage | Path | Callable | str, start: str | None = None, end: str | None = None
+) -> Listing:
+    """Take a piece out of a kernel file or show a Python function.
+
+    Parameters
+    ----------
+    source
+        A stage, a file or a text in CUDA C++, or a Python function, which is shown whole and
+        without its docstring.
+    start
+        Where the piece begins. The name of a function or a struct gives its definition with the
+        comment right above it; any other text gives the first line that contains it and what
+        follows. None is the text's beginning.
+    end
+        Text in the first line after `start` that is not shown any more. None is the closing brace
+        of what began at `start`, or the end of the text where `start` is None.
+
+    Returns
+    -------
+    Listing
+
+    Raises
+    ------
+    ValueError
+        If the text holds no `start`, no `end` after it, or nothing that closes.
+    """
+    if isinstance(source, Stage):
+        text, title = source.source, f"{source.name}.cu"
+    elif isinstance(source, Path):
+        text, title = source.read_text(), source.name
+    elif isinstance(source, str):
+        text, title = source, "CUDA C++"
+    else:
+        file = source.__module__.rpartition(".")[2]
+        code = _without_docstring(inspect.getsource(source))
+        return Listing(code, "python", f"{file}.py: {source.__qualname__}")
+
+    lines = text.splitlines()
+    if start is None:
+        first = shown = 0
+        last = len(lines)
+    else:
+        definition = _definition(lines, start)
+        first = _line_with(lines, start) if definition is None else definition
+        shown = first if definition is None else _above(lines, first)
+        title = title if definition is None else f"{title}: {start}"
+        last = _closing(lines, first) + 1 if end is None else 0
+    if end is not None:
+        last = _line_with(lines, end, first + 1)
+    return Listing(_dedent(lines[shown:last]), "cuda", title)
+
+
+def diff(before: Stage | Listing, after: Stage | Listing) -> Listing:
+    """Show what changed from one piece of code to another.
+
+    Parameters
+    ----------
+    before, after
+        Stages (whole files) or listings.
+
+    Returns
+    -------
+    Listing
+        Both texts whole, with a mark before each line that only one of them has.
+    """
+    old, new = (part if isinstance(part, Listing) else listing(part) for part in (before, after))
+    old_lines, new_lines = old.text.splitlines(), new.text.splitlines()
+    everything = len(old_lines) + len(new_lines)
+    lines = list(difflib.unified_diff(old_lines, new_lines, lineterm="", n=everything))
+    # Without the first three lines: two file names, which are the title, and line numbers.
+    return Listing("\n".join(lines[3:]), "diff", f"{old.title} → {new.title}")
+
+
+def constants(source: Stage | str, *expressions: str) -> dict[str, int]:
+    """Ask the compiler for the values of integer expressions in a kernel file.
+
+    Parameters
+    ----------
+    source
+        A stage or CUDA C++ text.
+    *expressions
+        Such as ``THREADS`` or ``Sizes<3, 7>::THREAD_W``, in the scope of the file.
+
+    Returns
+    -------
+    dict of str to int
+        Each expression with its value.
+    """
+    text = source.source if isinstance(source, Stage) else source
+    assignments = "".join(f"  values[{i}] = ({e});\n" for i, e in enumerate(expressions))
+    probe = f"\n__global__ void tell_constants(long long* values) {{\n{assignments}}}\n"
+    values = np.zeros(len(expressions), dtype=np.int64)
+    program = compile_source(text + probe, "simulator", name="constants")
+    program.launch("tell_constants", grid=1, block=1, args=[values])
+    return dict(zip(expressions, values.tolist(), strict=True))
+
+
+def _without_docstring(source: str) -> str:
+    """Drop a Python function's docstring."""
+    return re.sub(r'\n *"""(?:(?!""").)*"""(?=\n)', "", source, count=1, flags=re.DOTALL).rstrip()
+
+
+def _line_with(lines: Sequence[str], text: str, first: int = 0) -> int:
+    for number in range(first, len(lines)):
+        if text in lines[number]:
+            return number
+    where = f" after line {first}" if first else ""
+    raise ValueError(f"no line{where} contains {text!r}")
+
+
+def _definition(lines: Sequence[str], name: str) -> int | None:
+    """Find the first line of the definition of a function or struct called `name`."""
+    if not re.fullmatch(r"\w+", name):
+        return None
+    text = mask_comments_and_strings("\n".join(lines))
+    code = text.splitlines()
+    for match in re.finditer(rf"\b{name}\b[^;{{}}]*\{{", text):
+        first = text.count("\n", 0, match.start())
+        # A signature may span lines: a template's parameters, attributes.
+        while first > 0 and re.search(r"^[^#]*[^;{}:\s]\s*$", code[first - 1]):
+            first -= 1
+        head = " ".join(code[first:])[: match.start() - len("\n".join([*code[:first], ""]))]
+        if head.strip() and not re.match(r"\s*(if|for|while|switch|return|else)\b", head):
+            return first
+    return None
+
+
+def _above(lines: Sequence[str], number: int) -> int:
+    """Step up over the comment that stands right above a definition."""
+    while number > 0 and lines[number - 1].lstrip().startswith("//"):
+        number -= 1
+    return number
+
+
+def _closing(lines: Sequence[str], first: int) -> int:
+    """Find the line on which the first brace opened from `first` on is closed."""
+    depth = 0
+    code = mask_comments_and_strings("\n".join(lines)).splitlines()
+    for number in range(first, len(code)):
+        for character in code[number]:
+            depth += (character == "{") - (character == "}")
+            if character == "}" and depth == 0:
+                return number
+    raise ValueError(f"nothing closes what begins with {lines[first].strip()!r}")
+
+
+def _dedent(lines: Sequence[str]) -> str:
+    """Remove the common indentation; preprocessor lines, which have none, don't count."""
+    marked = [f"\0{line}" if line.startswith("#") else line for line in lines]
+    indents = [len(s) - len(s.lstrip()) for s in marked if s.strip() and not s.startswith("\0")]
+    cut = min(indents, default=0)
+    return "\n".join(s[1:] if s.startswith("\0") else s[cut:] for s in marked).strip("\n")
+
+
+# ---- Pictures ----------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, told apart by colour-blind readers too. A picture is drawn on white and
+# stays so in dark mode, where the theme puts it on a light card.
+_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_PALE_BLUE, _PALE_ORANGE, _PALE = "#CFE3F1", "#F9E4B7", "#ECECEC"
+_INK, _GREY = "#222222", "#767676"
+_WIDTH = 6.4  # inches
+_SCREEN_DPI, _DPI = 100, 160
+
+
+class Picture:
+    """A figure that a notebook shows as a PNG, at the same size on every screen.
+
+    Parameters
+    ----------
+    figure
+        The finished figure.
+    name
+        What the picture is called where it can't be shown.
+    """
+
+    def __init__(self, figure: Figure, name: str):
+        self.figure = figure
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<picture: {self.name}>"
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        buffer = io.BytesIO()
+        self.figure.savefig(
+            buffer,
+            format="png",
+            dpi=_DPI,
+            facecolor="white",
+            bbox_inches="tight",
+            pad_inches=0.06,
+            metadata={"Software": None},
+        )
+        png = buffer.getvalue()
+        pixels = int.from_bytes(png[16:20], "big")  # the width, in the header
+        return png, {"width": round(pixels * _SCREEN_DPI / _DPI)}
+
+
+def stamps(*problems: Problem) -> Picture:
+    """Draw how the stamps of the input pixels overlap, one panel for each problem.
+
+    Parameters
+    ----------
+    *problems
+        Small problems; channels are ignored.
+
+    Returns
+    -------
+    Picture
+        Each cell of the canvas holds the number of stamps that cover it. The frame is the output.
+        Three stamps are outlined: of the first pixel, of its right neighbour and of the last.
+    """
+    figure, panels = _panels(len(problems), height=4.0)
+    for axes, problem in zip(panels, problems, strict=True):
+        _draw_stamps(axes, problem)
+    return Picture(figure, "stamps and how many overlap")
+
+
+def _draw_stamps(axes: Axes, problem: Problem) -> None:
+    rows, columns = problem.axes
+    counts = np.outer(_coverage(rows), _coverage(columns))
+    height, width = counts.shape
+    for y, x in np.ndindex(height, width):
+        inside = (
+            0 <= y - rows.padding < rows.out_size and 0 <= x - columns.padding < columns.out_size
+        )
+        share = counts[y, x] / counts.max()
+        fill = _mix("#FFFFFF", _BLUE, 0.45 * share) if inside else _PALE
+        _cell(axes, x, y, fill, text=str(counts[y, x]), ink=_INK if inside else _GREY)
+    frame = (columns.padding, rows.padding, columns.out_size, rows.out_size)
+    _frame(axes, *frame, color=_INK, thick=2.6)
+    span_h = rows.dilation * (rows.kernel - 1) + 1
+    span_w = columns.dilation * (columns.kernel - 1) + 1
+    chosen = dict.fromkeys(
+        [(0, 0), (0, min(1, columns.size - 1)), (rows.size - 1, columns.size - 1)]
+    )
+    for (h, w), color, style, inset in zip(
+        chosen, (_ORANGE, _RED, _GREEN), ("-", "--", ":"), (0.1, 0.18, 0.26), strict=False
+    ):
+        place = (w * columns.stride, h * rows.stride, span_w, span_h)
+        _frame(axes, *place, color=color, thick=2.2, style=style, inset=inset)
+    _bare(axes, width, height)
+    values = [f"stride {problem.stride[0]}", f"padding {problem.padding[0]}"]
+    values += [f"output_padding {problem.output_padding[0]}"] if any(problem.output_padding) else []
+    axes.set_title(
+        f"{', '.join(values)}\n{rows.size}×{columns.size} → {rows.out_size}×{columns.out_size}",
+        fontsize=11,
+        color=_INK,
+    )
+
+
+def _coverage(axis: Axis) -> np.ndarray:
+    """Count along one axis how many stamps cover each place of the canvas, before cropping."""
+    counts = np.zeros(axis.out_size + 2 * axis.padding, dtype=int)
+    for i in range(axis.size):
+        for k in range(axis.kernel):
+            place = i * axis.stride + k * axis.dilation
+            if place < len(counts):
+                counts[place] += 1
+    return counts
+
+
+def residues(axis: Axis) -> Picture:
+    """Draw which taps reach which outputs along one axis.
+
+    Parameters
+    ----------
+    axis
+        A small one.
+
+    Returns
+    -------
+    Picture
+        A grid of outputs (across) and taps (down). A cell holds the input index that meets both;
+        it is coloured by the tap's residue class, and grey where the input lies outside.
+    """
+    figure, (axes,) = _panels(1, height=0.9 + 0.36 * axis.kernel)
+    fills = [_mix("#FFFFFF", color, 0.45) for color in (_BLUE, _ORANGE, _GREEN, _RED)]
+    for o in range(axis.out_size):
+        for k in range(axis.kernel):
+            scaled = o + axis.padding - k * axis.dilation
+            if scaled % axis.stride:
+                _cell(axes, o, k, "#FFFFFF")
+                continue
+            i = scaled // axis.stride
+            inside = 0 <= i < axis.size
+            fill = fills[k % axis.k_step % len(fills)] if inside else _PALE
+            _cell(axes, o, k, fill, text=str(i), ink=_INK if inside else _GREY)
+    _bare(axes, axis.out_size, axis.kernel)
+    _ticks(axes, range(axis.out_size), range(axis.kernel))
+    axes.set_xlabel("output o", color=_INK)
+    axes.set_ylabel("tap k", color=_INK)
+    return Picture(figure, "taps and outputs that meet")
+
+
+def request(lanes: Mapping[str, tuple[np.ndarray, np.ndarray]], sector_pixels: int = 8) -> Picture:
+    """Draw what one load of a warp touches in an input plane, one panel for each load.
+
+    Parameters
+    ----------
+    lanes
+        For each panel's title the rows h and columns w that the lanes read. Rows are assumed to
+        begin at a sector's start.
+    sector_pixels
+        Pixels in one sector.
+
+    Returns
+    -------
+    Picture
+        Dark cells are the pixels that lanes asked for, pale ones the rest of the sectors that come
+        with them.
+    """
+    reads = {title: np.broadcast_arrays(h, w) for title, (h, w) in lanes.items()}
+    columns = np.concatenate([w for _, w in reads.values()])
+    left = max(columns.min() // sector_pixels - 1, 0) * sector_pixels
+    right = (columns.max() // sector_pixels + 2) * sector_pixels
+    heights = [np.ptp(h) + 1 for h, _ in reads.values()]
+    # Cells of a few rows are drawn tall, and those of many rows small.
+    aspect = 2 if max(heights) < 8 else 1
+    scale = min((_WIDTH - 0.8) / (right - left), 4.2 / max(heights) / aspect)
+    figure, panels = _panels(
+        len(reads),
+        height=sum(heights) * aspect * scale + 0.85 * len(reads),
+        stacked=True,
+        ratios=[h * aspect * scale + 0.4 for h in heights],
+    )
+    for axes, height, (title, (h, w)) in zip(panels, heights, reads.items(), strict=True):
+        top = h.min()
+        asked = set(zip(h.tolist(), w.tolist(), strict=True))
+        fetched = {(y, x // sector_pixels) for y, x in asked}
+        for y, x in np.ndindex(height, right - left):
+            pixel = (top + y, left + x)
+            came = (pixel[0], pixel[1] // sector_pixels) in fetched
+            _cell(axes, x, y, _BLUE if pixel in asked else _PALE_ORANGE if came else "#FFFFFF")
+        for y, x in np.ndindex(height, (right - left) // sector_pixels):
+            _frame(axes, x * sector_pixels, y, sector_pixels, 1, color=_GREY)
+        _bare(axes, right - left, height)
+        axes.set_aspect(aspect)
+        starts, rows = range(0, right - left, sector_pixels), range(0, height, max(1, height // 4))
+        _ticks(axes, starts, rows, [left + x for x in starts], [top + y for y in rows])
+        axes.set_title(title, fontsize=11, color=_INK, loc="left")
+        axes.set_ylabel("h", color=_INK, rotation=0, labelpad=10)
+        axes.set_xlabel("w", color=_INK, labelpad=1)
+    return Picture(figure, "pixels a warp asks for and sectors it gets")
+
+
+def halo(tile: tuple[int, int], kernel: tuple[int, int]) -> Picture:
+    """Draw the inputs that a tile of outputs needs, for stride 1 and dilation 1.
+
+    Parameters
+    ----------
+    tile
+        Rows and columns of outputs.
+    kernel
+        KH and KW.
+
+    Returns
+    -------
+    Picture
+        The halo tile of inputs, with the place of the outputs and the windows of two of them.
+    """
+    (tile_h, tile_w), (kernel_h, kernel_w) = tile, kernel
+    height, width = tile_h + kernel_h - 1, tile_w + kernel_w - 1
+    scale = (_WIDTH - 0.4) / width
+    figure, (axes,) = _panels(1, height=height * scale + 0.7)
+    for y, x in np.ndindex(height, width):
+        in_tile = y >= kernel_h - 1 and x >= kernel_w - 1
+        _cell(axes, x, y, _PALE_BLUE if in_tile else _PALE_ORANGE)
+    _frame(axes, kernel_w - 1, kernel_h - 1, tile_w, tile_h, color=_INK, thick=2.4)
+    first = (tile_h // 2, tile_w // 2)
+    for (oh, ow), color, style in (
+        (first, _RED, "-"),
+        ((first[0] + 1, first[1] + 3), _GREEN, "--"),
+    ):
+        _frame(axes, ow, oh, kernel_w, kernel_h, color=color, thick=2.4, style=style)
+        _cell(axes, ow + kernel_w - 1, oh + kernel_h - 1, color)
+    _bare(axes, width, height)
+    axes.set_title(
+        f"{tile_h}×{tile_w} outputs (framed) need {height}×{width} inputs", fontsize=11, color=_INK
+    )
+    return Picture(figure, "a tile and its halo")
+
+
+def warp_tile(lanes: tuple[int, int], thread_w: int) -> Picture:
+    """Draw which lane of a warp owns which outputs.
+
+    Parameters
+    ----------
+    lanes
+        Lanes down and across.
+    thread_w
+        Neighbouring pixels that a lane owns.
+
+    Returns
+    -------
+    Picture
+        The warp's tile of one output channel, with the lanes' numbers.
+    """
+    lanes_h, lanes_w = lanes
+    width = lanes_w * thread_w
+    scale = (_WIDTH - 0.4) / width
+    figure, (axes,) = _panels(1, height=max(lanes_h * scale, 0.24 * lanes_h) + 0.6)
+    for lane_w, lane_h in np.ndindex(lanes_w, lanes_h):
+        lane = lane_w * lanes_h + lane_h
+        fill = _PALE_BLUE if (lane_h + lane_w) % 2 else _PALE_ORANGE
+        for j in range(thread_w):
+            _cell(axes, lane_w * thread_w + j, lane_h, fill)
+        place = (lane_w * thread_w, lane_h)
+        _frame(axes, *place, thread_w, 1, color=_INK)
+        _label(axes, place[0] + thread_w / 2, lane_h + 0.5, f"lane {lane}")
+    _bare(axes, width, lanes_h)
+    axes.set_aspect("auto")
+    axes.set_title(
+        f"{lanes_h} rows of {width} outputs, {thread_w} to a lane", fontsize=11, color=_INK
+    )
+    return Picture(figure, "the lanes' outputs")
+
+
+def window(thread_w: int, kernel_w: int, length: int) -> Picture:
+    """Draw how the taps of one kernel row slide over a thread's window of inputs.
+
+    Parameters
+    ----------
+    thread_w
+        Neighbouring pixels that the thread owns.
+    kernel_w
+        KW.
+    length
+        Inputs in the window.
+
+    Returns
+    -------
+    Picture
+        One line for each tap; dark cells are the inputs that it multiplies.
+    """
+    scale = (_WIDTH - 0.8) / length
+    figure, (axes,) = _panels(1, height=kernel_w * scale + 0.8)
+    for kw, j in np.ndindex(kernel_w, length):
+        first = kernel_w - 1 - kw
+        _cell(axes, j, kw, _BLUE if first <= j < first + thread_w else _PALE_ORANGE)
+    for j in range(0, length, 4):
+        _frame(axes, j, 0, 4, kernel_w, color=_INK, thick=1.2)
+    _bare(axes, length, kernel_w)
+    _ticks(axes, range(0, length, 4), range(kernel_w))
+    axes.set_xlabel("input in the window (frames: loads of 16 bytes)", color=_INK)
+    axes.set_ylabel("tap kw", color=_INK)
+    return Picture(figure, "the sliding window")
+
+
+def banks(words: Mapping[str, np.ndarray], count: int = 32) -> Picture:
+    """Draw which banks of shared memory the lanes of one request use.
+
+    Parameters
+    ----------
+    words
+        For each panel's title the indices of the 4-byte words, [lanes, words of a lane].
+    count
+        Number of banks.
+
+    Returns
+    -------
+    Picture
+        Lanes down, banks across. Blue where a bank serves one word, red where it has to serve
+        several, one after the other.
+    """
+    lanes = max(len(w) for w in words.values())
+    scale = (_WIDTH - 0.8) / count
+    figure, panels = _panels(len(words), height=len(words) * (lanes * scale + 0.75), stacked=True)
+    for axes, (title, places) in zip(panels, words.items(), strict=True):
+        load = np.bincount(np.unique(places) % count, minlength=count)
+        for lane, bank in np.ndindex(lanes, count):
+            _cell(axes, bank, lane, "#FFFFFF")
+        for lane, mine in enumerate(places):
+            for bank in mine % count:
+                _cell(axes, bank, lane, _BLUE if load[bank] == 1 else _RED)
+        _bare(axes, count, lanes)
+        _ticks(axes, range(0, count, 4), range(lanes))
+        axes.set_title(title, fontsize=11, color=_INK, loc="left")
+        axes.set_ylabel("lane", color=_INK)
+    panels[-1].set_xlabel("bank", color=_INK)
+    return Picture(figure, "lanes and banks")
+
+
+def _panels(
+    count: int, height: float, stacked: bool = False, ratios: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure with `count` panels, side by side or stacked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    shape = (count, 1) if stacked else (1, count)
+    options: dict[str, Any] = {"height_ratios": ratios} if ratios else {}
+    panels = figure.subplots(*shape, squeeze=False, gridspec_kw=options)
+    return figure, list(panels.flat)
+
+
+def _cell(axes: Axes, x: float, y: float, fill: str, text: str = "", ink: str = _INK) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=fill, edgecolor="#BBBBBB", linewidth=0.5))
+    if text:
+        _label(axes, x + 0.5, y + 0.5, text, ink)
+
+
+def _label(axes: Axes, x: float, y: float, text: str, ink: str = _INK) -> None:
+    axes.text(x, y, text, ha="center", va="center", fontsize=10, color=ink)
+
+
+def _frame(
+    axes: Axes, x: float, y: float, width: float, height: float, *, color: str,
+    thick: float = 1.0, style: str = "-", inset: float = 0.0,
+) -> None:  # fmt: skip
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(
+        Rectangle(
+            (x + inset, y + inset),
+            width - 2 * inset,
+            height - 2 * inset,
+            fill=False,
+            edgecolor=color,
+            linewidth=thick,
+            linestyle=style,
+            zorder=3,
+        )
+    )
+
+
+def _bare(axes: Axes, width: int, height: int) -> None:
+    """Fit the panel to the grid, rows counted downwards, without a box around it."""
+    axes.set_xlim(-0.06, width + 0.06)
+    axes.set_ylim(height + 0.06, -0.06)
+    axes.set_aspect("equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _ticks(
+    axes: Axes,
+    columns: Sequence[int],
+    rows: Sequence[int],
+    column_labels: Sequence[int] | None = None,
+    row_labels: Sequence[int] | None = None,
+) -> None:
+    """Label the middles of some of the grid's columns and rows."""
+    axes.set_xticks([c + 0.5 for c in columns], column_labels or list(columns))
+    axes.set_yticks([r + 0.5 for r in rows], row_labels or list(rows))
+    axes.tick_params(length=0, labelsize=9, colors=_INK, pad=2)
+
+
+def _mix(one: str, other: str, share: float) -> str:
+    """Mix two colours, `share` of the other."""
+    pairs = zip(*([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (one, other)), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * share):02X}" for a, b in pairs)
