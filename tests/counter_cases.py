@@ -87,7 +87,7 @@ PATTERN_CASES = [
     ),
     *(Pattern("shared_vectors", (stride,), e) for stride, e in [(1, 4), (2, 8), (8, 32)]),
     *(Pattern("shared_pairs", (stride,), e) for stride, e in [(1, 2), (2, 4)]),
-    # Lanes that read the same vector, in groups of 8 or 2, whose vectors lie in the same banks or not.
+    # Groups of lanes read one vector each; the vectors lie in the same banks or not.
     *(
         Pattern("shared_vectors_by_group", numbers, e)
         for numbers, e in [((32, 1), 2), ((8, 1), 2), ((8, 8), 4), ((2, 1), 2), ((16, 8), 2)]

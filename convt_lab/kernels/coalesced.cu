@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(THREADS, 4)
       const int64_t h = vertical.i - th * rows.i_step;
       const float* x = plane + h * p.width + horizontal.i;
       const float* w = filter + (vertical.k + th * rows.k_step) * p.kernel_w + horizontal.k;
+      // Not unrolled: lanes that take 4 taps and lanes that take 3 then stay together.
+#pragma unroll 1
       for (int tw = 0; tw < horizontal.count; ++tw) {
         sum = fmaf(*x, *w, sum);
         x -= columns.i_step;

@@ -137,6 +137,8 @@ __global__ void __launch_bounds__(THREADS)
                              tw_begin * columns.i_step - first_w;
             const float* w = tile_w + (ci * chunk.kh + kh) * chunk.kw + horizontal.k +
                              tw_begin * columns.k_step - kw0;
+            // Not unrolled: lanes that take 4 taps and lanes that take 3 then stay together.
+#pragma unroll 1
             for (int tw = tw_begin; tw < tw_end; ++tw) {
               sum = fmaf(*x, *w, sum);
               x -= columns.i_step;

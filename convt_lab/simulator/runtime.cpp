@@ -636,9 +636,20 @@ void cudasim_launch(const CudasimLaunch* launch) {
 
   const auto& grid = launch->grid;
   cudasim::Tracer* const tracer = active_tracer.get();
+  const std::uint64_t grid_blocks = static_cast<std::uint64_t>(grid.x) * grid.y * grid.z;
+  if (tracer != nullptr && !traced_blocks.empty() && traced_blocks.back() >= grid_blocks) {
+    CudasimFailure failure{};
+    failure.kind = CUDASIM_BAD_CONFIGURATION;
+    std::snprintf(failure.text, sizeof(failure.text),
+                  "block %llu cannot be traced: the grid has %llu blocks",
+                  static_cast<unsigned long long>(traced_blocks.back()),
+                  static_cast<unsigned long long>(grid_blocks));
+    last_failure = failure;
+    pending_error = kInvalidConfiguration;
+    return;
+  }
   const bool some = tracer != nullptr && !traced_blocks.empty();
-  const std::uint64_t blocks =
-      some ? traced_blocks.size() : static_cast<std::uint64_t>(grid.x) * grid.y * grid.z;
+  const std::uint64_t blocks = some ? traced_blocks.size() : grid_blocks;
   int workers = launch->workers > 0 ? launch->workers : available_cores();
   if (tracer != nullptr) workers = 1;
   workers = static_cast<int>(std::min<std::uint64_t>(workers, blocks));

@@ -1,0 +1,285 @@
+"""What the simulator counts: against values derived by hand, and against a GPU's own counters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from counter_cases import CASES, PATTERN_CASES, PROBLEMS, Pattern, StageCase
+
+import convt_lab as lab
+
+RECORDS = sorted((Path(__file__).parents[1] / "records").glob("*-counters.json"))
+
+
+def profile(stage, problem_name):
+    problem = lab.Problem.named(problem_name)
+    x, weight, bias = problem.random_inputs()
+    return lab.stages[stage].profile(x, weight, bias, **problem.arguments)
+
+
+def total(report, quantity, **where):
+    return sum(
+        getattr(site, quantity)
+        for site in report.sites
+        if all(getattr(site, name) == value for name, value in where.items())
+    )
+
+
+@pytest.mark.parametrize("case", PATTERN_CASES, ids=str)
+def test_known_values(case):
+    report = case.run("simulator", trace=True)
+    sites = [s for s in report.sites if (s.space, s.op) == (case.space, "load")]
+    assert sites[-1].cost == case.expected  # the last line loads what is under study
+    assert sites[-1].requests == 1
+    assert report.hazards == ()
+
+
+def lockstep(axis, lanes):
+    """Walk the taps of a warp's lanes in step: k and i, [step, lane]; -1 where a lane has left."""
+    paths = [axis.taps(o) if o < axis.out_size else [] for o in lanes]
+    steps = np.full((max(map(len, paths)), len(paths), 2), -1)
+    for lane, path in enumerate(paths):
+        for step, pair in enumerate(path):
+            steps[step, lane] = pair
+    return steps[..., 0], steps[..., 1]
+
+
+def sectors(addresses, active):
+    return len({address // 32 for address in addresses[active]})
+
+
+def derive_coalesced(problem):
+    """A warp is 32 pixels of a row; its lanes take their taps in step."""
+    rows, columns = problem.axes
+    (_, c_in, height, width), (_, c_out, kernel_h, kernel_w) = (
+        problem.input_shape,
+        problem.weight_shape,
+    )
+    requests = input_sectors = weight_sectors = 0
+    for first in range(0, problem.out_width, 32):
+        kw, w = lockstep(columns, range(first, first + 32))
+        for oh in range(problem.out_height):
+            for kh, h in rows.taps(oh):
+                for step in range(len(kw)):
+                    active = kw[step] >= 0
+                    requests += c_in * c_out
+                    for ci in range(c_in):
+                        row = (ci * height + h) * width
+                        input_sectors += c_out * sectors(4 * (row + w[step]), active)
+                    for filter_number in range(c_in * c_out):
+                        row = (filter_number * kernel_h + kh) * kernel_w
+                        weight_sectors += sectors(4 * (row + kw[step]), active)
+    return requests, input_sectors, weight_sectors
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_coalesced_by_hand(name):
+    problem, report = lab.Problem.named(name), profile("coalesced", name)
+    requests, input_sectors, weight_sectors = derive_coalesced(problem)
+    loads = {"space": "global", "op": "load"}
+    assert total(report, "requests", buffer="input", **loads) == requests
+    assert total(report, "requests", buffer="weight", **loads) == requests
+    assert total(report, "sectors", buffer="input", **loads) == input_sectors
+    assert total(report, "sectors", buffer="weight", **loads) == weight_sectors
+    assert report.fma == problem.multiply_adds
+    assert total(report, "active_lanes", buffer="input", **loads) == problem.multiply_adds
+
+
+def test_coalesced_by_hand_in_one_line():
+    """The small star: rows of 24 pixels, three sectors, each read for 7 columns of taps."""
+    report = profile("coalesced", "star_small")
+    loads = {"space": "global", "op": "load", "buffer": "input"}
+    assert total(report, "requests", **loads) == 8 * 8 * (16 * 3) * 7
+    assert total(report, "sectors", **loads) == 3 * 8 * 8 * (16 * 3) * 7
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_naive_gather_by_hand(name):
+    """A warp is 32 outputs down the columns; a tap is a request if any lane meets an input."""
+    problem, report = lab.Problem.named(name), profile("naive_gather", name)
+    rows, columns = problem.axes
+    index = np.arange(problem.out_height * problem.out_width * problem.out_channels)
+    oh = index % problem.out_height
+    ow = index // problem.out_height % problem.out_width
+    co = index // problem.out_height // problem.out_width
+    h_of = {(o, k): i for o in range(problem.out_height) for k, i in rows.taps(o)}
+    w_of = {(o, k): i for o in range(problem.out_width) for k, i in columns.taps(o)}
+    requests = input_sectors = 0
+    for first in range(0, len(index), 32):
+        lanes = range(first, min(first + 32, len(index)))
+        for kh in range(problem.kernel_size[0]):
+            for kw in range(problem.kernel_size[1]):
+                places = {
+                    (h_of[oh[n], kh], w_of[ow[n], kw])
+                    for n in lanes
+                    if (oh[n], kh) in h_of and (ow[n], kw) in w_of
+                }
+                requests += bool(places)
+                input_sectors += len({(h * problem.width + w) * 4 // 32 for h, w in places})
+    assert len({co[n] for n in range(32)}) == 1
+    loads = {"space": "global", "op": "load", "buffer": "input"}
+    assert total(report, "requests", **loads) == requests * problem.in_channels
+    assert total(report, "sectors", **loads) == input_sectors * problem.in_channels
+    assert report.fma == problem.multiply_adds
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_shared_tiled_by_hand(name):
+    """Its shared loads are stage 2's global loads, one wavefront each; a tile is fetched once."""
+    problem, report = lab.Problem.named(name), profile("shared_tiled", name)
+    requests, _, _ = derive_coalesced(problem)  # one warp covers a row of either problem's outputs
+    shared = {"space": "shared", "op": "load"}
+    assert total(report, "requests", **shared) == 2 * requests
+    assert total(report, "wavefronts", **shared) == 2 * requests
+    assert report.fma == problem.multiply_adds
+    rows, _ = problem.axes
+    fetched = 0
+    for first in range(0, problem.out_height, 8):
+        reach = range(first, first + 8)
+        low = -(-(first + rows.padding - (rows.kernel - 1) * rows.dilation) // rows.stride)
+        halo = (len(reach) - 1 + (rows.kernel - 1) * rows.dilation) // rows.stride + 1
+        fetched += sum(0 <= low + row < problem.height for row in range(halo))
+    planes = problem.in_channels * problem.out_channels
+    loads = {"space": "global", "op": "load", "buffer": "input"}
+    assert total(report, "requests", **loads) == fetched * planes
+
+
+def test_register_blocked_by_hand():
+    """3x7: two tiles of 16 rows, one of 40 columns, 32 channels; eight input channels.
+
+    For each input channel and row of taps a warp loads a window of 28 inputs, 7 vectors that differ
+    from lane to lane (4 wavefronts), and 7 x 8 weights, 14 vectors that do not (2, one a half
+    warp).
+    """
+    report = profile("register_blocked", "star_small")
+    warps, rows_of_taps = 2 * 4, 8 * 3
+    assert report.fma == warps * 32 * rows_of_taps * 7 * 20 * 8
+    vectors = next(s for s in report.sites if (s.space, s.op) == ("shared", "load"))
+    assert vectors.requests == warps * rows_of_taps * (7 + 14)
+    assert vectors.wavefronts == warps * rows_of_taps * (7 * 4 + 14 * 2)
+
+
+def test_register_blocked_general_by_hand():
+    """Stride 2: four phases, each a tile of 16 x 32 pixels and 16 channels, a FMA for each tap."""
+    problem = lab.Problem.named("strided_small")
+    report = profile("register_blocked", "strided_small")
+    rows, columns = problem.axes
+    taps = [
+        len(range(k_first, axis.kernel, axis.k_step))
+        for axis in (rows, columns)
+        for k_first in range(axis.k_step)
+    ]
+    pairs = (taps[0] + taps[1]) * (taps[2] + taps[3])
+    assert pairs == problem.kernel_size[0] * problem.kernel_size[1]
+    assert report.fma == 128 * 16 * 4 * problem.in_channels * pairs
+
+
+def test_reuse_and_footprint():
+    report = profile("coalesced", "star_small")
+    problem = lab.Problem.named("star_small")
+    use = report.buffers["input"]
+    assert use.bytes == 4 * 8 * 16 * 24
+    assert use.footprint == use.bytes // 32
+    # Without padding every input value meets every tap of every output channel.
+    assert (use.loads == problem.out_channels * 3 * 7).all()
+    assert use.reuse == problem.out_channels * 3 * 7
+    assert report.arithmetic_intensity == pytest.approx(
+        2 * problem.multiply_adds
+        / sum(s.bytes_moved for s in report.sites if s.space == "global")
+    )  # fmt: skip
+
+
+def test_the_report_is_the_same_every_time_and_in_every_process():
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); from counter_cases import STAGE_CASES;"
+        "print(json.dumps([c.run('simulator', trace=True).to_dict() for c in STAGE_CASES]))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    outputs = {
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    }
+    assert len(outputs) == 1
+    assert json.loads(outputs.pop())[0]["fma"] == lab.Problem.named("star_small").multiply_adds
+
+
+def test_a_choice_of_blocks():
+    problem = lab.Problem.named("star_small")
+    x, weight, _ = problem.random_inputs()
+    whole = lab.stages["coalesced"].profile(x, weight)
+    parts = [
+        lab.stages["coalesced"].profile(x, weight, blocks=range(first, whole.grid_blocks, 3))
+        for first in range(3)
+    ]
+    assert whole.blocks == whole.grid_blocks == sum(part.blocks for part in parts)
+    assert whole.fma == sum(part.fma for part in parts)
+    for name, value in whole.totals.items():
+        assert value == sum(part.totals[name] for part in parts)
+    assert f"traced {parts[0].blocks:,} of {whole.blocks:,} blocks" in parts[0].table()
+    with pytest.raises(lab.KernelError, match=f"block {whole.grid_blocks} .* the grid has"):
+        lab.stages["coalesced"].profile(x, weight, blocks=[whole.grid_blocks])
+
+
+def test_a_profile_leaves_its_inputs_alone_and_takes_every_form():
+    problem = lab.Problem.named("star_small")
+    x, weight, _ = problem.random_inputs()
+    report = lab.stages["coalesced"].profile(x[0].numpy(), weight.numpy())
+    assert report.to_dict() == lab.stages["coalesced"].profile(x, weight).to_dict()
+    assert json.loads(json.dumps(report.to_dict()))["sites"][0]["buffer"] == "input"
+    with pytest.raises(ValueError, match="empty"):
+        lab.stages["coalesced"].profile(x[:0], weight)
+
+
+def test_tracing_needs_the_simulator():
+    program = lab.compile("__global__ void run() {}", "simulator")
+    with pytest.raises(ValueError, match="blocks"):
+        program.launch("run", 1, 1, [], blocks=[0])
+    assert program.launch("run", 1, 1, []) is None
+
+
+# Where a GPU counts otherwise than the source reads, and why.
+EXPLAINED = {
+    "shared_store_requests": "a GPU counts a store that all lanes of a warp skip, and does not "
+    "count asynchronous copies, whose shared half is no store instruction",
+    "shared_store_wavefronts": "asynchronous copies write shared memory without a store "
+    "instruction",
+    "shared_load_requests": "a GPU counts a load that all lanes of a warp skip",
+}
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_gpu_counts_the_same(case, record):
+    measured = json.loads(record.read_text())["counters"][str(case)]
+    report = case.run("simulator", trace=True)
+    counted = {**report.totals, "fma": report.fma}
+    if isinstance(case, Pattern) or case.stage == "naive_gather":
+        exact = set(measured) - {"async_copies"}
+    elif case.stage == "register_blocked":
+        exact = {name for name in measured if name.startswith("global")} | {
+            "fma",
+            "shared_load_wavefronts",
+        }
+    else:
+        exact = {name for name in measured if name.startswith("global")} | {
+            "fma",
+            "shared_load_requests",
+            "shared_load_wavefronts",
+            "shared_store_wavefronts",
+        }
+    for name in sorted(exact):
+        assert counted[name] == pytest.approx(measured[name], rel=0.01), name
+    for name in measured.keys() - exact - {"async_copies"}:
+        assert name in EXPLAINED
+
+
+def test_there_is_a_record():
+    assert RECORDS
+
+
+def test_every_stage_case_names_its_kernel():
+    for case in CASES:
+        if isinstance(case, StageCase):
+            assert case.kernel in lab.stages[case.stage].source
