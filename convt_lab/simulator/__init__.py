@@ -24,7 +24,7 @@ from convt_lab.backend import SOURCE_NAME, Array, Backend, compile_error, kernel
 from convt_lab.build import BuildError, cached_library
 from convt_lab.errors import KernelError
 from convt_lab.simulator.report import Report
-from convt_lab.simulator.trace import declare, trace
+from convt_lab.simulator.tracing import declare, trace
 from convt_lab.simulator.translate import mask_comments_and_strings, translate
 
 __all__ = ["Simulator", "find_compiler"]

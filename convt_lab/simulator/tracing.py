@@ -6,8 +6,9 @@ import ctypes
 import functools
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -181,12 +182,7 @@ def _report(
         sites=counted,
         totals=MappingProxyType(totals_of(counted)),
         fma=runtime.cudasim_trace_fma(),
-        hazards=tuple(
-            sorted(
-                (_hazard(hazard, lines, names) for hazard in hazards),
-                key=lambda hazard: (hazard.line, hazard.kind, hazard.buffer),
-            )
-        ),
+        hazards=_merge(_hazard(hazard, lines, names) for hazard in hazards),
         buffers=MappingProxyType(
             {
                 names[i]: _use(runtime, i, names[i], buffer)
@@ -262,6 +258,16 @@ def _hazard(hazard: _Hazard, lines: dict[int, int], names: list[str]) -> Hazard:
         "misaligned": f"{who} goes to {at} with a vector that must lie at a multiple of its size",
     }[kind]
     return Hazard(kind, lines[hazard.pc], name, message, hazard.count)
+
+
+def _merge(hazards: Iterable[Hazard]) -> tuple[Hazard, ...]:
+    """Keep one of each kind, line and buffer, the first, with the count of all."""
+    merged: dict[tuple[int, str, str], Hazard] = {}
+    for hazard in hazards:
+        key = (hazard.line, hazard.kind, hazard.buffer)
+        before = merged.get(key)
+        merged[key] = replace(before, count=before.count + hazard.count) if before else hazard
+    return tuple(merged[key] for key in sorted(merged))
 
 
 @functools.lru_cache(maxsize=512)
