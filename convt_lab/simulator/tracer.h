@@ -85,7 +85,10 @@ class Tracer {
     block_number_ = static_cast<std::uint32_t>(linear + 1);
     ++block_serial_;
     ++epoch_;
-    for (Path& path : paths_) path = {};
+    for (Path& path : paths_) {
+      path.callers.clear();
+      path.stack = path.depth = 0;
+    }
     barrier_site_ = 0;
     exited_ = -1;
   }
@@ -94,6 +97,10 @@ class Tracer {
     thread_ = thread;
     index_ = index;
     path_ = &paths_[thread];
+    if (path_->events.capacity() == 0 && !spare_.empty()) {
+      path_->events = std::move(spare_.back());
+      spare_.pop_back();
+    }
     stack_ = reinterpret_cast<std::uint64_t>(stack);
     stack_end_ = stack_ + bytes;
   }
@@ -141,7 +148,7 @@ class Tracer {
   // Returns false when the thread has taken more steps than it may.
   bool enter_basic_block(std::uint64_t pc) {
     if (path_ == nullptr) return true;
-    add({0, static_cast<std::uint32_t>(pc - library_), path_->stack, path_->depth, kMarker, 0, -1});
+    add(pc, 0);
     return ++steps_ <= setup_.max_steps;
   }
 
@@ -185,8 +192,7 @@ class Tracer {
     } else {
       check_shared(state, index, pc, address, bytes, op);
     }
-    add({address, static_cast<std::uint32_t>(pc - library_), path_->stack, path_->depth, op,
-         static_cast<std::uint8_t>(std::min(bytes, 255u)), static_cast<std::int16_t>(index)});
+    add(pc, Event::what_of(op, std::min(bytes, 63u), index, address - state.start));
     return nullptr;
   }
 
@@ -221,13 +227,26 @@ class Tracer {
   }
 
  private:
+  // What a lane did, in two words. Events are taken in the order of `place`: deepest in calls
+  // first, then by which calls led here, then by address of the code.
   struct Event {
-    std::uint64_t address;
-    std::uint32_t pc, stack;  // relative to the library; which calls led here
-    std::uint16_t depth;
-    Operation op;
-    std::uint8_t bytes;
-    std::int16_t buffer;
+    std::uint64_t place;
+    std::uint64_t what;  // 0 for a basic block
+
+    static std::uint64_t place_of(std::uint32_t depth, std::uint32_t stack, std::uint32_t pc) {
+      return static_cast<std::uint64_t>(255 - std::min(depth, 255u)) << 56 |
+             static_cast<std::uint64_t>(stack & 0xFFFFFF) << 32 | pc;
+    }
+    static std::uint64_t what_of(Operation op, std::uint32_t bytes, int buffer,
+                                 std::uint64_t offset) {
+      return static_cast<std::uint64_t>(op) << 62 | static_cast<std::uint64_t>(bytes) << 56 |
+             static_cast<std::uint64_t>(buffer) << 40 | offset;
+    }
+    std::uint32_t pc() const { return static_cast<std::uint32_t>(place); }
+    Operation op() const { return static_cast<Operation>(what >> 62); }
+    std::uint32_t bytes() const { return what >> 56 & 0x3F; }
+    int buffer() const { return what >> 40 & 0xFFFF; }
+    std::uint64_t offset() const { return what & ((std::uint64_t{1} << 40) - 1); }
   };
 
   struct Path {
@@ -284,7 +303,10 @@ class Tracer {
 
   int lanes_of(int warp) const { return std::min(kLanes, threads_ - warp * kLanes); }
 
-  void add(const Event& event) { path_->events.push_back(event); }
+  void add(std::uint64_t pc, std::uint64_t what) {
+    const auto relative = static_cast<std::uint32_t>(pc - library_);
+    path_->events.push_back({Event::place_of(path_->depth, path_->stack, relative), what});
+  }
 
   int find(std::uint64_t address, std::uint32_t bytes) {
     if (last_found_ >= 0 && holds(last_found_, address, bytes)) return last_found_;
@@ -431,71 +453,73 @@ class Tracer {
   }
 
   void merge(int warp) {
+    constexpr std::uint64_t kDone = ~std::uint64_t{0};
     std::array<const Event*, kLanes> next{}, end{};
+    std::array<std::uint64_t, kLanes> place;  // of each lane's next event
+    place.fill(kDone);
     const int lanes = lanes_of(warp);
     for (int lane = 0; lane < lanes; ++lane) {
       const auto& events = paths_[warp * kLanes + lane].events;
       next[lane] = events.data();
       end[lane] = events.data() + events.size();
+      if (next[lane] != end[lane]) place[lane] = next[lane]->place;
     }
     for (;;) {
-      const Event* leader = nullptr;
-      for (int lane = 0; lane < lanes; ++lane) {
-        if (next[lane] != end[lane] && (leader == nullptr || goes_before(*next[lane], *leader))) {
-          leader = next[lane];
-        }
-      }
-      if (leader == nullptr) break;
-      const Event first = *leader;
-      std::array<std::uint64_t, kLanes> addresses;
+      std::uint64_t first = kDone;
+      for (const std::uint64_t p : place) first = std::min(first, p);
+      if (first == kDone) break;
+      std::array<std::uint64_t, kLanes> offsets;
       std::uint32_t mask = 0;
-      for (int lane = 0; lane < lanes; ++lane) {
-        if (next[lane] == end[lane] || goes_before(first, *next[lane])) continue;
-        addresses[lane] = next[lane]->address;
+      const Event* leader = nullptr;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (place[lane] != first) continue;
+        leader = next[lane]++;
+        offsets[lane] = leader->offset();
         mask |= 1u << lane;
-        ++next[lane];
+        place[lane] = next[lane] == end[lane] ? kDone : next[lane]->place;
       }
-      if (first.op != kMarker) count_request(first, addresses, mask);
+      if (leader->op() != kMarker) count_request(*leader, offsets, mask);
     }
-    for (int lane = 0; lane < lanes; ++lane) paths_[warp * kLanes + lane].events.clear();
+    // The next warp records into the same memory, which is still in the cache.
+    for (int lane = 0; lane < lanes; ++lane) {
+      auto& events = paths_[warp * kLanes + lane].events;
+      events.clear();
+      if (events.capacity() > 0) spare_.push_back(std::move(events));
+      events = {};
+    }
   }
 
-  static bool goes_before(const Event& a, const Event& b) {
-    if (a.depth != b.depth) return a.depth > b.depth;
-    if (a.stack != b.stack) return a.stack < b.stack;
-    return a.pc < b.pc;
-  }
-
-  void count_request(const Event& event, const std::array<std::uint64_t, kLanes>& addresses,
+  void count_request(const Event& event, const std::array<std::uint64_t, kLanes>& offsets,
                      std::uint32_t mask) {
-    const State& state = states_[event.buffer];
+    const std::uint32_t bytes = event.bytes();
+    const State& state = states_[event.buffer()];
     std::array<std::uint64_t, kLanes> sorted;
     int lanes = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-      if (mask >> lane & 1) sorted[lanes++] = addresses[lane];
+      if (mask >> lane & 1) sorted[lanes++] = offsets[lane];
     }
     std::sort(sorted.begin(), sorted.begin() + lanes);
     const auto distinct = static_cast<std::uint64_t>(
         std::unique(sorted.begin(), sorted.begin() + lanes) - sorted.begin());
-    const std::uint64_t distinct_bytes = distinct * event.bytes;
+    const std::uint64_t distinct_bytes = distinct * bytes;
 
-    const std::uint64_t key = (static_cast<std::uint64_t>(event.pc) << 24) |
-                              (static_cast<std::uint64_t>(event.op) << 16) |
-                              static_cast<std::uint16_t>(event.buffer);
+    const std::uint64_t key = (static_cast<std::uint64_t>(event.pc()) << 24) |
+                              (static_cast<std::uint64_t>(event.op()) << 16) |
+                              static_cast<std::uint16_t>(event.buffer());
     CudasimSite& site = sites_[key];
-    site.pc = event.pc;
-    site.op = event.op;
-    site.buffer = event.buffer;
+    site.pc = event.pc();
+    site.op = event.op();
+    site.buffer = event.buffer();
     ++site.requests;
     site.active_lanes += lanes;
-    site.bytes_requested += static_cast<std::uint64_t>(lanes) * event.bytes;
+    site.bytes_requested += static_cast<std::uint64_t>(lanes) * bytes;
     std::uint64_t cost;
     if (state.buffer.space == CUDASIM_GLOBAL) {
       cost = 0;
       std::uint64_t last = ~0ull;
       for (std::uint64_t i = 0; i < distinct; ++i) {
         for (std::uint64_t s = sorted[i] / kSectorBytes;
-             s <= (sorted[i] + event.bytes - 1) / kSectorBytes; ++s) {
+             s <= (sorted[i] + bytes - 1) / kSectorBytes; ++s) {
           if (s != last) ++cost;
           last = s;
         }
@@ -503,7 +527,7 @@ class Tracer {
       site.bytes_moved += cost * kSectorBytes;
       site.ideal += (distinct_bytes + kSectorBytes - 1) / kSectorBytes;
     } else {
-      cost = wavefronts(state.start, addresses, mask, event.bytes);
+      cost = wavefronts(offsets, mask, bytes);
       site.bytes_moved += cost * kBanks * kBankBytes;
       site.ideal += (distinct_bytes + kBanks * kBankBytes - 1) / (kBanks * kBankBytes);
     }
@@ -511,9 +535,9 @@ class Tracer {
     const auto [example, is_new] = examples_.try_emplace(key);
     if (is_new || cost > example->second.transactions) {
       CudasimRequest& request = example->second;
-      request = {event.pc, event.op, event.buffer, event.bytes, mask, cost, {}};
+      request = {event.pc(), event.op(), event.buffer(), bytes, mask, cost, {}};
       for (int lane = 0; lane < kLanes; ++lane) {
-        request.offsets[lane] = mask >> lane & 1 ? addresses[lane] - state.start : 0;
+        request.offsets[lane] = mask >> lane & 1 ? offsets[lane] : 0;
       }
     }
   }
@@ -522,8 +546,7 @@ class Tracer {
   // half, lanes that want the same words are served together, but not across the halves (measured
   // on an H200: a float4 that all lanes read takes two wavefronts;
   // records/nvidia-h200-counters.json).
-  static std::uint64_t wavefronts(std::uint64_t start,
-                                  const std::array<std::uint64_t, kLanes>& addresses,
+  static std::uint64_t wavefronts(const std::array<std::uint64_t, kLanes>& offsets,
                                   std::uint32_t mask, std::uint32_t bytes) {
     const int group = bytes <= 4 ? 32 : 16;
     std::uint64_t total = 0;
@@ -532,7 +555,7 @@ class Tracer {
       int count = 0;
       for (int lane = first; lane < first + group; ++lane) {
         if ((mask >> lane & 1) == 0) continue;
-        const std::uint64_t offset = addresses[lane] - start;
+        const std::uint64_t offset = offsets[lane];
         for (std::uint64_t w = offset / kBankBytes; w <= (offset + bytes - 1) / kBankBytes; ++w) {
           if (count < static_cast<int>(words.size())) words[count++] = w;
         }
@@ -562,6 +585,7 @@ class Tracer {
   std::uint64_t stack_ = 0, stack_end_ = 0;
   std::uint64_t arguments_ = 0, arguments_end_ = 0;  // the kernel's, with the launcher
   std::vector<Path> paths_;
+  std::vector<std::vector<Event>> spare_;  // empty, with room
   std::vector<std::uint32_t> clocks_;      // of each warp: its warp-level synchronisations
   std::unordered_map<int, int> finished_;  // threads done, by warp
   std::uint64_t barrier_site_ = 0;         // where threads of the block wait now
