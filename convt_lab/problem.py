@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Axis", "Problem", "ProblemError"]
 
-INT32_MAX = 2**31 - 1
-"""The largest extent of one axis: kernels count along an axis with 32 bits (and across the
-whole tensor with 64, so the number of elements has no such limit)."""
+MAX_EXTENT = 2**31 - 2**16
+"""The largest extent of one axis: kernels count along an axis with 32 bits, and their last tile may
+stick out by some hundred pixels. Across the whole tensor they count with 64 bits, so the number of
+elements has no such limit."""
 
 
 class ProblemError(ValueError, RuntimeError):
@@ -238,13 +239,13 @@ class Problem:
             # No index along the axis, not even that of a tap just outside the padded output,
             # exceeds this.
             span = axis.out_size + 2 * axis.padding + axis.dilation * (axis.kernel - 1)
-            if span > INT32_MAX:
+            if span > MAX_EXTENT:
                 raise ProblemError(
                     f"{side}={axis.size} is too much with stride={axis.stride}, "
                     f"padding={axis.padding}, dilation={axis.dilation} and "
                     f"kernel_size={axis.kernel} along the {name}: the output is {axis.out_size} "
                     f"long, and {span} with the padding and the kernel around it, which must be "
-                    f"at most {INT32_MAX} to fit in 32 bits"
+                    f"at most {MAX_EXTENT} to fit in 32 bits"
                 )
 
     @cached_property
@@ -500,7 +501,7 @@ _LOWEST_PAIR = {
 
 
 def _integer(name: str, value: object, lowest: int) -> int:
-    """Check one integer argument: its type, then ``lowest <= value <= INT32_MAX``."""
+    """Check one integer argument: its type, then ``lowest <= value <= MAX_EXTENT``."""
     number = _index(value)
     if number is None:
         raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
@@ -541,9 +542,9 @@ def _check_range(name: str, value: object, numbers: Sequence[int], lowest: int) 
     each = "each value" if len(numbers) > 1 else "it"
     if min(numbers) < lowest:
         raise ProblemError(f"{name}={value!r}: {each} must be at least {lowest}")
-    if max(numbers) > INT32_MAX:
+    if max(numbers) > MAX_EXTENT:
         raise ProblemError(
-            f"{name}={value!r}: {each} must be at most {INT32_MAX}, which fits in 32 bits"
+            f"{name}={value!r}: {each} must be at most {MAX_EXTENT}, which fits in 32 bits"
         )
 
 

@@ -17,7 +17,7 @@ from strategies import SETTINGS, problem_set, problems
 from torch.nn.functional import conv_transpose2d
 from torch.utils.flop_counter import FlopCounterMode
 
-from convt_lab.problem import INT32_MAX, Axis, Problem, ProblemError
+from convt_lab.problem import MAX_EXTENT, Axis, Problem, ProblemError
 
 
 def call_torch(problem: Problem, device: str = "meta", fill: float = 1.0) -> torch.Tensor:
@@ -156,9 +156,9 @@ def test_torch_refuses_what_is_refused_and_nothing_else():
         ),
         ({"stride": (1, 2, 3)}, ["stride=(1, 2, 3)", "3 values"]),
         ({"padding": ()}, ["padding=()", "0 values"]),
-        ({"width": 2**31}, [f"width={2**31}", f"at most {INT32_MAX}"]),
-        ({"dilation": 2**63}, [f"dilation={2**63}", f"at most {INT32_MAX}"]),
-        ({"width": 2**30, "stride": 4}, [f"width={2**30}", "stride=4", f"at most {INT32_MAX}"]),
+        ({"width": 2**31}, [f"width={2**31}", f"at most {MAX_EXTENT}"]),
+        ({"dilation": 2**63}, [f"dilation={2**63}", f"at most {MAX_EXTENT}"]),
+        ({"width": 2**30, "stride": 4}, [f"width={2**30}", "stride=4", f"at most {MAX_EXTENT}"]),
         ({"kernel_size": (3, 1), "dilation": 2**30}, ["height=1", "kernel_size=3", "rows"]),
     ],
 )
@@ -262,16 +262,16 @@ def test_pairs_are_taken_in_the_forms_that_torch_takes(value, pair):
 
 
 def test_extents_up_to_32_bits_are_legal_and_no_further():
-    assert Problem(width=INT32_MAX).out_width == INT32_MAX
-    assert Problem(width=2**30, stride=2).out_width == INT32_MAX
-    assert Problem(batch=INT32_MAX, height=INT32_MAX).output_shape[0] == INT32_MAX
+    assert Problem(width=MAX_EXTENT).out_width == MAX_EXTENT
+    assert Problem(width=2**30 - 2**15, stride=2).out_width == MAX_EXTENT - 1
+    assert Problem(batch=MAX_EXTENT, height=MAX_EXTENT).output_shape[0] == MAX_EXTENT
     for arguments in (
         {"width": 2**30 + 1, "stride": 2},
-        {"width": INT32_MAX, "kernel_size": 2},
-        {"width": INT32_MAX, "kernel_size": 3, "padding": 1},
-        {"width": INT32_MAX, "stride": 2, "padding": (0, 2**30)},
+        {"width": MAX_EXTENT, "kernel_size": 2},
+        {"width": MAX_EXTENT, "kernel_size": 3, "padding": 1},
+        {"width": MAX_EXTENT, "stride": 2, "padding": (0, 2**30)},
     ):
-        with pytest.raises(ProblemError, match=r"width=.*at most 2147483647"):
+        with pytest.raises(ProblemError, match=r"width=.*at most 2147418112"):
             Problem(**arguments)
 
 
