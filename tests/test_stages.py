@@ -237,6 +237,8 @@ class TestCalls:
         lab.Problem(1, 1, 1, 4, 5, kernel_size=(3, 4), dilation=300),
         lab.Problem(1, 3, 2, 70, 3, kernel_size=(5, 90), dilation=(7, 3)),
         lab.Problem(1, 1, 1, 3, 2, kernel_size=2, stride=(100, 300)),
+        lab.Problem(1, 1, 1, 1, 1, kernel_size=3, stride=(2**29, 2**30 - 1), dilation=5),
+        lab.Problem(1, 2, 3, 1, 1, kernel_size=(1, 3), stride=2**31 - 2**17, padding=(0, 1)),
     ],
     ids=lambda p: f"{p.kernel_size}, stride {p.stride}, dilation {p.dilation}",
 )

@@ -50,15 +50,19 @@ struct Taps {
 };
 
 inline Axis make_axis(int size, int out_size, int kernel, int stride, int padding, int dilation) {
-  int gcd = stride;
-  for (int b = dilation; b != 0;) {
-    const int remainder = gcd % b;
-    gcd = b;
-    b = remainder;
+  // Euclid's algorithm, extended: gcd = dilation * factor, modulo stride.
+  int gcd = stride, remainder = dilation;
+  int64_t factor = 0, next_factor = 1;
+  while (remainder != 0) {
+    const int quotient = gcd / remainder, rest = gcd % remainder;
+    const int64_t rest_factor = factor - quotient * next_factor;
+    gcd = remainder;
+    remainder = rest;
+    factor = next_factor;
+    next_factor = rest_factor;
   }
   const int k_step = stride / gcd, i_step = dilation / gcd;
-  int inverse = 0;
-  while (k_step > 1 && static_cast<int64_t>(inverse) * i_step % k_step != 1) ++inverse;
+  const int inverse = static_cast<int>((factor % k_step + k_step) % k_step);
   return {size, out_size, kernel, stride, padding, dilation, gcd, k_step, i_step, inverse};
 }
 

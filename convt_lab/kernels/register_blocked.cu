@@ -20,8 +20,8 @@
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
-constexpr int LANES_H = 16;  // a warp's lanes cover 16 rows ...
-constexpr int LANES_W = 2;   // ... of two thread blocks' widths
+constexpr int LANES_H = 16;  // a warp's lanes cover 16 rows of outputs ...
+constexpr int LANES_W = 2;   // ... and, along a row, two times THREAD_W
 constexpr int TILE_H = LANES_H;
 constexpr int SHARED_FLOATS = 48 * 1024 / 4;
 static_assert(LANES_H * LANES_W == 32, "one lane per place in a warp's tile");
@@ -68,6 +68,7 @@ struct Sizes {
 
 // How the problem is cut into blocks.
 struct Tiling {
+  int phases_h, phases_w;
   int h, w, co;  // tiles along a phase's height and width, and along a group's output channels
 };
 
@@ -161,9 +162,9 @@ __global__ void __launch_bounds__(THREADS, 2)
   unsigned digits = blockIdx.x;
   const int first_co = take_digit(digits, tiles.co) * BLOCK_CO;  // within the group
   const int group = take_digit(digits, p.groups);
-  const int phase_w = take_digit(digits, p.stride_w);
+  const int phase_w = take_digit(digits, tiles.phases_w);
   const int first_qw = take_digit(digits, tiles.w) * S::TILE_W;  // q counts the phase's pixels
-  const int phase_h = take_digit(digits, p.stride_h);
+  const int phase_h = take_digit(digits, tiles.phases_h);
   const int first_qh = take_digit(digits, tiles.h) * TILE_H;
   const int n = digits;
 
@@ -314,6 +315,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   float* const image =
       output +
       (static_cast<int64_t>(n) * p.out_channels + group * group_out + thread_co) * out_plane;
+  const int count_qh = (p.out_height - phase_h - 1) / p.stride_h + 1;  // the phase's pixels
+  const int count_qw = (p.out_width - phase_w - 1) / p.stride_w + 1;
   bool not_a_number = false;
 #pragma unroll
   for (int c = 0; c < THREAD_CO; ++c) {
@@ -330,9 +333,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     }
     __syncwarp();
     const auto write = [&](int row, int column) {
+      if (first_qh + row >= count_qh || first_qw + column >= count_qw) return;
       const int oh = phase_h + (first_qh + row) * p.stride_h;
       const int ow = phase_w + (first_qw + column) * p.stride_w;
-      if (oh >= p.out_height || ow >= p.out_width) return;
       image[c * out_plane + static_cast<int64_t>(oh) * p.out_width + ow] =
           stage[row * S::STAGE_PITCH + column];
     };
@@ -347,14 +350,14 @@ __global__ void __launch_bounds__(THREADS, 2)
 
   // Beyond the image's edge the tile holds zeros, and zero times an infinite or NaN weight is NaN,
   // where the definition has no product at all. Such outputs are summed again, without the zeros.
+  if (first_qh + lane_h >= count_qh) return;
   const int oh = phase_h + (first_qh + lane_h) * p.stride_h;
-  if (oh >= p.out_height) return;
   const bool whole_rows = taps_reaching(rows, oh).count == vertical.count;
   for (int c = 0; c < THREAD_CO && thread_co + c < group_out; ++c) {
     float* y = image + c * out_plane + static_cast<int64_t>(oh) * p.out_width;
-    for (int j = 0; j < THREAD_W; ++j) {
-      const int ow = phase_w + (first_qw + lane_w * THREAD_W + j) * p.stride_w;
-      if (ow >= p.out_width) break;
+    const int thread_qw = first_qw + lane_w * THREAD_W;
+    for (int j = 0; j < THREAD_W && thread_qw + j < count_qw; ++j) {
+      const int ow = phase_w + (thread_qw + j) * p.stride_w;
       const bool whole = whole_rows && taps_reaching(columns, ow).count == horizontal.count;
       if (whole || y[ow] == y[ow]) continue;
       const float value =
@@ -376,11 +379,13 @@ static cudaError_t launch(const float* input, const float* weight, const float* 
   const Axis rows = rows_of(p), columns = columns_of(p);
   const Chunk chunk = choose_chunk<S>(rows, columns, p.in_channels / p.groups);
   // The phases differ by a pixel at most; the tiles are those of the largest.
-  const Tiling tiles = {static_cast<int>(ceil_div(ceil_div(p.out_height, p.stride_h), TILE_H)),
+  const Tiling tiles = {min(p.stride_h, p.out_height), min(p.stride_w, p.out_width),
+                        static_cast<int>(ceil_div(ceil_div(p.out_height, p.stride_h), TILE_H)),
                         static_cast<int>(ceil_div(ceil_div(p.out_width, p.stride_w), S::TILE_W)),
                         static_cast<int>(ceil_div(p.out_channels / p.groups, S::BLOCK_CO))};
-  const int64_t blocks = static_cast<int64_t>(p.batch) * p.groups * p.stride_h * p.stride_w *
-                         tiles.h * tiles.w * tiles.co;
+  const int64_t blocks = static_cast<int64_t>(p.batch) * p.groups * tiles.phases_h *
+                         tiles.phases_w * tiles.h * tiles.w * tiles.co;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const std::size_t shared_bytes =
       max(2 * chunk.floats(S::BLOCK_CO), WARPS * S::STAGE_FLOATS) * sizeof(float);
   register_blocked_kernel<KH, KW><<<static_cast<unsigned>(blocks), THREADS, shared_bytes, stream>>>(
