@@ -33,6 +33,17 @@ METRICS = {
     "async_copies": "smsp__inst_executed_op_ldgsts.sum",
 }
 
+#: Where a GPU counts otherwise than the source reads, and why.
+EXPLAINED = {
+    "shared_load_requests": "register_blocked: the GPU also counts loads that all lanes of a warp "
+    "skip (of outputs that do not exist), and its compiler splits a window's last load",
+    "shared_store_requests": "shared_tiled and register_blocked: the GPU also counts stores that "
+    "all lanes of a warp skip; and asynchronous copies write shared memory without a store "
+    "instruction, where the simulator counts a store",
+    "shared_store_wavefronts": "register_blocked: asynchronous copies write shared memory without "
+    "a store instruction, where the simulator counts a store",
+}
+
 
 def run_all_cases() -> None:
     """Launch every case once, in order (in the process that ncu watches)."""
@@ -90,6 +101,7 @@ def main() -> None:
         "cuda": torch.version.cuda,
         "ncu": re.search(r"Version (\S+)", version.stdout)[1],
         "metrics": METRICS,
+        "explained": EXPLAINED,
         "counters": counters,
     }
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
