@@ -36,7 +36,7 @@ METRICS = {
 #: Where a GPU counts otherwise than the source reads, and why.
 EXPLAINED = {
     "shared_load_requests": "register_blocked: the GPU counts instructions issued, also those that "
-    "every lane of the warp skips (for outputs that do not exist); the wavefronts, which only lanes "
+    "every lane of the warp skips (outputs that do not exist); the wavefronts, which only lanes "
     "that take part cause, agree",
     "shared_store_requests": "shared_tiled and register_blocked: the GPU also counts stores that "
     "all lanes of a warp skip; and asynchronous copies write shared memory without a store "
