@@ -14,6 +14,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from convt_lab.problem import Axis, Problem
 from convt_lab.program import compile as compile_source
+from convt_lab.simulator.report import SECTOR_BYTES, Report, Request
 from convt_lab.simulator.translate import mask_comments_and_strings
 from convt_lab.stages import Stage
 
@@ -32,12 +34,15 @@ __all__ = [
     "Listing",
     "Picture",
     "banks",
+    "coalescing",
     "constants",
+    "cost_by_line",
     "diff",
     "halo",
     "listing",
     "request",
     "residues",
+    "reuse",
     "stamps",
     "warp_tile",
     "window",
@@ -246,14 +251,21 @@ class Picture:
         The finished figure.
     name
         What the picture is called where it can't be shown.
+    numbers
+        What `table` returns: the numbers of a picture whose own labels don't give them all.
     """
 
-    def __init__(self, figure: Figure, name: str):
+    def __init__(self, figure: Figure, name: str, numbers: str = ""):
         self.figure = figure
         self.name = name
+        self._numbers = numbers
 
     def __repr__(self) -> str:
         return f"<picture: {self.name}>"
+
+    def table(self) -> str:
+        """Return the numbers that the picture shows, as text; empty if it names them itself."""
+        return self._numbers
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         buffer = io.BytesIO()
@@ -522,13 +534,15 @@ def window(thread_w: int, kernel_w: int, length: int) -> Picture:
     return Picture(figure, "the sliding window")
 
 
-def banks(words: Mapping[str, np.ndarray], count: int = 32) -> Picture:
+def banks(words: Mapping[str, np.ndarray] | Request, count: int = 32) -> Picture:
     """Draw which banks of shared memory the lanes of one request use.
 
     Parameters
     ----------
     words
-        For each panel's title the indices of the 4-byte words, [lanes, words of a lane].
+        For each panel's title the indices of the 4-byte words, [lanes, words of a lane]. Or a
+        request from a `Report`: one panel, or one for each half of the warp where the lanes ask for
+        8 or 16 bytes, because the halves are served one after the other.
     count
         Number of banks.
 
@@ -536,24 +550,276 @@ def banks(words: Mapping[str, np.ndarray], count: int = 32) -> Picture:
     -------
     Picture
         Lanes down, banks across. Blue where a bank serves one word, red where it has to serve
-        several, one after the other.
+        several, one after the other. The table of a request says how many wavefronts each panel
+        takes, and which banks hold it up.
     """
+    first_lanes, numbers = [0] * len(words) if isinstance(words, Mapping) else [], ""
+    if isinstance(words, Request):
+        words, first_lanes, numbers = _shared_words(words, count)
     lanes = max(len(w) for w in words.values())
     scale = (_WIDTH - 0.8) / count
+    if lanes * scale * len(words) > 4.5:  # a whole warp: flat cells
+        scale = 4.5 / lanes / len(words)
     figure, panels = _panels(len(words), height=len(words) * (lanes * scale + 0.75), stacked=True)
-    for axes, (title, places) in zip(panels, words.items(), strict=True):
-        load = np.bincount(np.unique(places) % count, minlength=count)
+    for axes, first, (title, places) in zip(panels, first_lanes, words.items(), strict=True):
+        used = np.unique(places)
+        load = np.bincount(used[used >= 0] % count, minlength=count)
         for lane, bank in np.ndindex(lanes, count):
             _cell(axes, bank, lane, "#FFFFFF")
         for lane, mine in enumerate(places):
-            for bank in mine % count:
+            for bank in mine[mine >= 0] % count:
                 _cell(axes, bank, lane, _BLUE if load[bank] == 1 else _RED)
         _bare(axes, count, lanes)
-        _ticks(axes, range(0, count, 4), range(lanes))
+        axes.set_aspect(min(1.0, scale / ((_WIDTH - 0.8) / count)))
+        rows = range(0, lanes, 1 if lanes <= 8 else 4)
+        _ticks(axes, range(0, count, 4), rows, row_labels=[first + r for r in rows])
         axes.set_title(title, fontsize=11, color=_INK, loc="left")
         axes.set_ylabel("lane", color=_INK)
     panels[-1].set_xlabel("bank", color=_INK)
-    return Picture(figure, "lanes and banks")
+    return Picture(figure, "lanes and banks", numbers)
+
+
+def _shared_words(request: Request, count: int) -> tuple[dict[str, np.ndarray], list[int], str]:
+    """Cut a request into what is served together: words by title (-1: none), first lanes, table."""
+    if request.space != "shared":
+        raise ValueError(f"the request is of {request.space} memory; banks are shared memory's")
+    each = max(1, request.bytes // 4)
+    words = np.full((32, each), -1)
+    for lane, offset in enumerate(request.offsets):
+        if offset is not None:
+            words[lane] = offset // 4 + np.arange(each)
+    together = 32 if request.bytes <= 4 else 16
+    panels, firsts = {}, list(range(0, 32, together))
+    rows = [("lanes", "wavefronts", "banks that serve so many words")]
+    for first in firsts:
+        part = words[first : first + together]
+        used = np.unique(part)
+        load = np.bincount(used[used >= 0] % count, minlength=count)
+        passes = int(load.max())
+        lanes = f"{first}-{first + together - 1}"
+        busiest = np.flatnonzero(load == passes) if passes else []
+        plural = "" if passes == 1 else "s"
+        panels[f"lanes {lanes.replace('-', ' to ')}: {passes} wavefront{plural}"] = part
+        rows.append((lanes, str(passes), _runs(busiest)))
+    return panels, firsts, f"{_title(request)}\n{_columns(rows, words=[0, 2])}"
+
+
+def coalescing(request: Request) -> Picture:
+    """Draw a warp's lanes on the sectors of one request to global memory.
+
+    Parameters
+    ----------
+    request
+        One of a `Report`'s requests.
+
+    Returns
+    -------
+    Picture
+        Above the lanes, grey where they take no part; below the sectors that the request touches,
+        with a gap where they are no neighbours in memory. Dark bytes were asked for, pale ones come
+        with them. The table says for each sector which lanes it serves and how many of its bytes
+        are asked for.
+    """
+    if request.space != "global":
+        raise ValueError(f"the request is of {request.space} memory; sectors are global memory's")
+    lanes_of: dict[int, list[int]] = {}
+    for lane, offset in enumerate(request.offsets):
+        if offset is not None:
+            last = (offset + request.bytes - 1) // SECTOR_BYTES
+            for sector in range(offset // SECTOR_BYTES, last + 1):
+                lanes_of.setdefault(sector, []).append(lane)
+    sectors = sorted(lanes_of)
+    gaps = [0, *(0.25 * (b > a + 1) for a, b in pairwise(sectors))]
+    width = min(5.0, (32 - sum(gaps)) / len(sectors))
+    left = (32 - width * len(sectors) - sum(gaps)) / 2
+    start = {s: left + i * width + sum(gaps[: i + 1]) for i, s in enumerate(sectors)}
+
+    figure, (axes,) = _panels(1, height=2.5)
+    down, unit = 5.0, width / SECTOR_BYTES  # where the sectors lie; the width of a byte
+    rows = [("sector", "lanes", f"bytes asked for, of {SECTOR_BYTES}")]
+    for sector in sectors:
+        _box(axes, start[sector], down, width, 1, _PALE_ORANGE)
+        asked = set()
+        for lane in lanes_of[sector]:
+            offset = request.offsets[lane]
+            asked |= {*range(offset, offset + request.bytes)}
+        asked &= {*range(sector * SECTOR_BYTES, (sector + 1) * SECTOR_BYTES)}
+        for offset in sorted({byte - byte % request.bytes for byte in asked}):
+            place = start[sector] + (offset - sector * SECTOR_BYTES) * unit
+            _box(axes, place, down, request.bytes * unit, 1, _BLUE)
+        _frame(axes, start[sector], down, width, 1, color=_INK)
+        rows.append((str(sector), _runs(lanes_of[sector]), str(len(asked))))
+    for lane, offset in enumerate(request.offsets):
+        _cell(axes, lane, 0, _PALE_BLUE if offset is not None else _PALE)
+        if offset is not None:
+            middle = offset % SECTOR_BYTES + request.bytes / 2
+            to = start[offset // SECTOR_BYTES] + middle * unit
+            axes.plot([lane + 0.5, to], [1, down], color=_GREY, linewidth=0.8, zorder=1)
+    _bare(axes, 32, 6)
+    axes.set_aspect("auto")
+    _ticks(axes, range(0, 32, 4), [0, 5], row_labels=["lane", "sector"])
+    axes.xaxis.tick_top()
+    step = -(-len(sectors) // 8)
+    for sector in sectors[::step]:
+        axes.text(
+            start[sector] + width / 2, 6.2, str(sector), ha="center", va="top", fontsize=9,
+            color=_INK,
+        )  # fmt: skip
+    axes.set_title(_title(request), fontsize=11, color=_INK, loc="left")
+    return Picture(figure, "lanes and sectors", f"{_title(request)}\n{_columns(rows)}")
+
+
+def reuse(report: Report, buffer: str, shape: Sequence[int], plane: Sequence[int] = ()) -> Picture:
+    """Draw how often a traced launch read each value of one plane of a buffer.
+
+    Parameters
+    ----------
+    report
+        What was traced.
+    buffer
+        The kernel's parameter.
+    shape
+        The buffer's shape, such as a problem's `input_shape`; the last two sizes are the plane's.
+    plane
+        Which plane, as indices of the sizes before the last two. The first one if left out.
+
+    Returns
+    -------
+    Picture
+        A heat map, darker where a value is read more often. The table says how many values of the
+        plane are read how often.
+    """
+    loads = report.buffers[buffer].loads.reshape(shape)
+    counts = loads[tuple(plane) or (0,) * (len(shape) - 2)]
+    if counts.ndim != 2:
+        raise ValueError(f"plane={tuple(plane)}: must have {len(shape) - 2} indices")
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("reads", ["#FFFFFF", _PALE_BLUE, _BLUE, _INK])
+    height, width = counts.shape
+    drawn_height = min((_WIDTH - 1.4) * height / width, 4.5)
+    figure, (axes,) = _panels(1, height=drawn_height + 0.8)
+    image = axes.imshow(
+        counts, cmap=shades, vmin=0, vmax=max(1, counts.max()), extent=(0, width, height, 0)
+    )
+    _bare(axes, width, height)
+    _frame(axes, 0, 0, width, height, color=_INK)
+    across, down = (range(0, n, max(1, n // 6)) for n in (width, height))
+    _ticks(axes, across, down)
+    axes.set_xlabel("w", color=_INK, labelpad=1)
+    axes.set_ylabel("h", color=_INK, rotation=0, labelpad=10)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, label="reads")
+    bar.ax.tick_params(labelsize=9, colors=_INK)
+    title = f"reads of each value of {buffer!r}, {height}×{width}"
+    axes.set_title(title, fontsize=11, color=_INK, loc="left")
+    rows = [("reads", "values")]
+    rows += [
+        (f"{n:,}", f"{c:,}") for n, c in zip(*np.unique(counts, return_counts=True), strict=True)
+    ]
+    return Picture(figure, f"reads of {buffer!r}", f"{title}\n{_columns(rows, words=[])}")
+
+
+def cost_by_line(report: Report) -> Picture:
+    """Draw the kernel's source with a bar of cost beside each line that goes to memory.
+
+    Parameters
+    ----------
+    report
+        What was traced. Sites of a header that was not inlined are left out: their lines are the
+        header's.
+
+    Returns
+    -------
+    Picture
+        Blue bars are sectors of global memory, orange ones wavefronts of shared memory. Longer
+        stretches without a cost are cut out. The table has a row for each line with a bar.
+    """
+    lines = report.source.splitlines()
+    costs: dict[int, list[int]] = {}
+    for site in report.sites:
+        if 1 <= site.line <= len(lines):
+            both = costs.setdefault(site.line, [0, 0])
+            both[0] += site.sectors
+            both[1] += site.wavefronts
+    if not costs:
+        raise ValueError("the report has no line that goes to memory")
+    shown: list[int | None] = []
+    for before, line in pairwise([0, *sorted(costs)]):
+        free = list(range(before + 1, line))
+        if before == 0:
+            shown += free[-3:]
+        else:  # a long gap keeps what stands next to the costs
+            shown += free if len(free) <= 8 else [*free[:3], None, *free[-3:]]
+        shown.append(line)
+
+    texts = {n: lines[n - 1].expandtabs(4) for n in shown if n is not None}
+    # Preprocessor lines have no indentation.
+    indented = [t for t in texts.values() if t.strip() and not t.startswith("#")]
+    cut, longest = min(len(t) - len(t.lstrip()) for t in indented), 63
+    figure, (axes,) = _panels(1, height=0.165 * len(shown) + 0.5)
+    bars = 74  # where they begin; a character is about one wide, and the picture 106
+    most = max(map(sum, costs.values()))
+    for row, number in enumerate(shown):
+        if number is None:
+            axes.text(5, row, "⋮", fontsize=7, color=_GREY, va="center", family="DejaVu Sans")
+            continue
+        text = texts[number] if texts[number].startswith("#") else texts[number][cut:]
+        text = text if len(text) <= longest else f"{text[: longest - 1]}…"
+        for x, what, side, color in ((3, number, "right", _GREY), (4.5, text, "left", _INK)):
+            axes.text(
+                x, row, str(what), ha=side, va="center", fontsize=7, color=color,
+                family="DejaVu Sans Mono", parse_math=False,
+            )  # fmt: skip
+        if number not in costs:
+            continue
+        place = bars
+        for cost, color in zip(costs[number], (_BLUE, _ORANGE), strict=True):
+            axes.barh(row, 24 * cost / most, 0.7, left=place, color=color)
+            place += 24 * cost / most
+        axes.text(place + 0.5, row, f"{sum(costs[number]):,}", va="center", fontsize=7, color=_INK)
+    axes.set_xlim(0, 106)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_axis_off()
+    axes.set_title("sectors (blue) and wavefronts (orange)", fontsize=9, color=_INK, loc="right")
+    rows = [("line", "sectors", "wavefronts", "source")]
+    rows += [
+        (str(n), f"{s:,}" if s else "", f"{w:,}" if w else "", lines[n - 1].strip())
+        for n, (s, w) in sorted(costs.items())
+    ]
+    return Picture(figure, "the cost of each line", _columns(rows, words=[3]))
+
+
+def _title(request: Request) -> str:
+    """Say what a request is, in a line."""
+    active = sum(offset is not None for offset in request.offsets)
+    unit = "sector" if request.space == "global" else "wavefront"
+    return (
+        f"{request.op} of {request.buffer!r} in line {request.line}: {active} lanes, "
+        f"{request.bytes} bytes each, {request.cost} {unit}{'s' * (request.cost != 1)}"
+    )
+
+
+def _runs(values: Sequence[int]) -> str:
+    """Shorten ascending integers: 0-3, 8, 10-11."""
+    runs: list[list[int]] = []
+    for value in map(int, values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+
+
+def _columns(rows: Sequence[Sequence[str]], words: Sequence[int] = (1,)) -> str:
+    """Set rows as columns of text; those numbered in `words` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in words else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def _panels(
@@ -570,11 +836,17 @@ def _panels(
 
 
 def _cell(axes: Axes, x: float, y: float, fill: str, text: str = "", ink: str = _INK) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=fill, edgecolor="#BBBBBB", linewidth=0.5))
+    _box(axes, x, y, 1, 1, fill)
     if text:
         _label(axes, x + 0.5, y + 0.5, text, ink)
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, fill: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(
+        Rectangle((x, y), width, height, facecolor=fill, edgecolor="#BBBBBB", linewidth=0.5)
+    )
 
 
 def _label(axes: Axes, x: float, y: float, text: str, ink: str = _INK) -> None:
@@ -617,7 +889,7 @@ def _ticks(
     columns: Sequence[int],
     rows: Sequence[int],
     column_labels: Sequence[int] | None = None,
-    row_labels: Sequence[int] | None = None,
+    row_labels: Sequence[int | str] | None = None,
 ) -> None:
     """Label the middles of some of the grid's columns and rows."""
     axes.set_xticks([c + 0.5 for c in columns], column_labels or list(columns))

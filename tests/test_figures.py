@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+from counter_cases import PATTERN_CASES
 from matplotlib.colors import to_hex
 
 import convt_lab as lab
 from convt_lab import Problem, figures, reference
+from convt_lab.simulator.report import BufferUse, Report, Request, Site, totals_of
 
 TEXT = """\
 #include <cmath>
@@ -130,6 +132,35 @@ def test_constants_come_from_the_compiler():
 # --- pictures -------------------------------------------------------------------------------------
 
 LANE = np.arange(32)
+
+
+COUNTED = {
+    space: [case for case in PATTERN_CASES if case.space == space] for space in ("global", "shared")
+}
+
+
+def one_request(space, offsets, size=4, cost=0):
+    """A load as a report would hold it."""
+    taken = tuple(None if offset is None else int(offset) for offset in offsets)
+    return Request(2, space, "load", "x", size, taken, cost)
+
+
+def a_report():
+    """Three sites on two lines, and a buffer of two planes of 2×3."""
+
+    def site(line, space, op, sectors, wavefronts):
+        return Site(line, space, op, "x", 1, 32, sectors, wavefronts, 128, 128, 4)
+
+    sites = (
+        site(2, "global", "load", 1200, 0),
+        site(2, "shared", "store", 0, 34),
+        site(20, "global", "store", 7, 0),
+    )
+    use = BufferUse("x", 48, 2, np.array([0, 5, 5, 7, 7, 7, *[1] * 6], np.uint32))
+    source = "\n".join(f"  int line_{n};" for n in range(1, 23))
+    return Report(sites, totals_of(sites), 0, (), {"x": use}, (), 1, 1, source)
+
+
 PICTURES = {
     "stamps": lambda: figures.stamps(
         Problem(height=2, width=3, kernel_size=3),
@@ -143,6 +174,9 @@ PICTURES = {
     "warp_tile": lambda: figures.warp_tile((16, 2), 4),
     "window": lambda: figures.window(20, 7, 28),
     "banks": lambda: figures.banks({"a": LANE[:8, None] * 48 + np.arange(4)}),
+    "coalescing": lambda: figures.coalescing(one_request("global", 8 * LANE)),
+    "reuse": lambda: figures.reuse(a_report(), "x", (2, 2, 3)),
+    "cost_by_line": lambda: figures.cost_by_line(a_report()),
 }
 each_picture = pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES.keys())
 
@@ -224,6 +258,113 @@ def test_banks_marks_conflicts_and_nothing_else():
     conflicts, free = (set(cells(axes).values()) for axes in picture.figure.axes)
     assert conflicts == {to_hex("white"), to_hex("#D55E00")}
     assert free == {to_hex("white"), to_hex("#0072B2")}
+
+
+BLUE, RED, PALE_ORANGE, ORANGE = (to_hex(c) for c in ("#0072B2", "#D55E00", "#F9E4B7", "#E69F00"))
+
+
+def patches(axes, colour) -> list:
+    """The filled rectangles of one colour."""
+    return [p for p in axes.patches if p.get_fill() and to_hex(p.get_facecolor()) == colour]
+
+
+@pytest.mark.parametrize("case", COUNTED["shared"], ids=str)
+def test_banks_of_a_request_give_the_wavefronts_that_were_counted(case):
+    request = next(
+        r
+        for r in reversed(case.run("simulator", trace=True).requests)
+        if (r.space, r.op) == ("shared", "load")
+    )
+    picture = figures.banks(request)
+    halves = picture.table().splitlines()[2:]
+    assert len(picture.figure.axes) == len(halves) == (1 if request.bytes == 4 else 2)
+    wavefronts = [
+        int(re.search(r"(\d+) wavefront", a.get_title("left"))[1]) for a in picture.figure.axes
+    ]
+    assert wavefronts == [int(row.split()[1]) for row in halves]
+    assert sum(wavefronts) == request.cost == case.expected
+    # A bank is red where several words lie in it.
+    for axes, count in zip(picture.figure.axes, wavefronts, strict=True):
+        assert bool(patches(axes, RED)) == (count > 1)
+
+
+def test_banks_of_a_request_leave_out_lanes_that_take_no_part():
+    offsets = [4 * n if n in (3, 8) else None for n in range(32)]
+    (axes,) = figures.banks(one_request("shared", offsets, cost=1)).figure.axes
+    assert {(p.get_y(), p.get_x()) for p in patches(axes, BLUE)} == {(3, 3), (8, 8)}
+
+
+@pytest.mark.parametrize("case", COUNTED["global"], ids=str)
+def test_coalescing_draws_the_sectors_that_were_counted(case):
+    request = case.run("simulator", trace=True).requests[0]
+    picture = figures.coalescing(request)
+    rows = [row.split() for row in picture.table().splitlines()[2:]]
+    assert len(patches(picture.figure.axes[0], PALE_ORANGE)) == len(rows) == request.cost
+    assert request.cost == case.expected
+    distinct = {offset for offset in request.offsets if offset is not None}
+    assert sum(int(row[-1]) for row in rows) == len(distinct) * request.bytes
+    assert len(patches(picture.figure.axes[0], BLUE)) == len(distinct)
+
+
+def test_coalescing_says_which_lanes_a_sector_serves():
+    offsets = [None, 4, 0, None, 996, *[32] * 27]
+    picture = figures.coalescing(one_request("global", offsets, cost=3))
+    assert picture.table().splitlines() == [
+        "load of 'x' in line 2: 30 lanes, 4 bytes each, 3 sectors",
+        "sector  lanes  bytes asked for, of 32",
+        "     0  1-2                         8",
+        "     1  5-31                        4",
+        "    31  4                           4",
+    ]
+
+
+def test_a_request_of_the_other_memory_is_an_error():
+    with pytest.raises(ValueError, match="banks are shared memory's"):
+        figures.banks(one_request("global", LANE))
+    with pytest.raises(ValueError, match="sectors are global memory's"):
+        figures.coalescing(one_request("shared", LANE))
+
+
+def test_reuse_draws_the_counts_of_one_plane():
+    picture = figures.reuse(a_report(), "x", (2, 2, 3))
+    (image,) = picture.figure.axes[0].images
+    assert image.get_array().tolist() == [[0, 5, 5], [7, 7, 7]]
+    rows = [row.split() for row in picture.table().splitlines()[1:]]
+    assert rows == [["reads", "values"], ["0", "1"], ["5", "2"], ["7", "3"]]
+    other = figures.reuse(a_report(), "x", (2, 2, 3), plane=[1])
+    assert (other.figure.axes[0].images[0].get_array() == 1).all()
+    with pytest.raises(ValueError, match="must have 1 indices"):
+        figures.reuse(a_report(), "x", (2, 2, 3), plane=[1, 0])
+
+
+def test_cost_by_line_puts_a_bar_beside_each_line():
+    picture = figures.cost_by_line(a_report())
+    assert picture.table().splitlines() == [
+        "line  sectors  wavefronts  source",
+        "   2    1,200          34  int line_2;",
+        "  20        7              int line_20;",
+    ]
+    axes = picture.figure.axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert {"1,234", "7", "int line_2;"} <= set(texts)
+    assert "int line_5;" in texts
+    assert "int line_6;" not in texts  # cut out
+    sectors = [p.get_width() for p in patches(axes, BLUE)]
+    wavefronts = [p.get_width() for p in patches(axes, ORANGE)]
+    assert sectors[0] / 1200 == pytest.approx(sectors[1] / 7) == pytest.approx(wavefronts[0] / 34)
+
+
+@each_stage
+def test_the_bars_of_a_stage_add_up_to_its_totals(stage):
+    problem = Problem.named("star_small")
+    report = stage.profile(*problem.random_inputs(), **problem.arguments)
+    rows = figures.cost_by_line(report).table().splitlines()[1:]
+    shown = sum(int(n.replace(",", "")) for row in rows for n in re.findall(r"[\d,]+", row[4:25]))
+    assert shown == sum(site.cost for site in report.sites)
+    x = report.buffers["input"]
+    picture = figures.reuse(report, "input", problem.input_shape)
+    plane = x.loads[: problem.height * problem.width]
+    assert picture.figure.axes[0].images[0].get_array().sum() == plane.sum()
 
 
 def test_window_slides_by_one_for_each_tap():

@@ -127,6 +127,10 @@ CLAIMS = {
         "16 rows": lambda: constant("register_blocked", "LANES_H") == 16,
         "16 pixels": lambda: constant("register_blocked", "Sizes<0, 0>::THREAD_W") == 16,
     },
+    "simulator": {
+        "8 or 16 bytes": True,  # vectors of two and four floats
+        "of 8 bytes": True,
+    },
 }
 
 

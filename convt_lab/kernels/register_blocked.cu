@@ -154,7 +154,6 @@ __global__ void __launch_bounds__(THREADS, 2)
   const Chunk chunk = S::FIXED ? S::fixed_chunk() : run_time_chunk;
   const int i_step_h = S::FIXED ? 1 : rows.i_step, i_step_w = S::FIXED ? 1 : columns.i_step;
   const int k_step_h = S::FIXED ? 1 : rows.k_step, k_step_w = S::FIXED ? 1 : columns.k_step;
-  const int kernel_w = S::FIXED ? KW : p.kernel_w;
   extern __shared__ __align__(16) float shared[];  // two buffers: inputs, then weights
 
   // A block is one tile of one phase of one image, for BLOCK_CO channels of one group. Blocks that
@@ -229,13 +228,18 @@ __global__ void __launch_bounds__(THREADS, 2)
       const float* w = filters + (static_cast<int64_t>(ci) * group_out + co) * filter_size;
       const bool filter_inside = ci < group_in && co < group_out;
       if (lane >= BLOCK_CO) continue;
-#pragma unroll 1
+      float* const to_w = tile_w + c * chunk.th * chunk.tw * BLOCK_CO + lane;
+      constexpr int UNROLLED = S::FIXED ? KH * KW : 1;
+#pragma unroll UNROLLED
       for (int tap = warp; tap < chunk.th * chunk.tw; tap += WARPS) {
-        const int th = tap / chunk.tw, tw = tap % chunk.tw;
-        const int kh = first_kh + th * k_step_h, kw = first_kw + tw * k_step_w;
-        copy_or_zero(tile_w + (c * chunk.th * chunk.tw + tap) * BLOCK_CO + lane,
-                     w + static_cast<int64_t>(kh) * kernel_w + kw,
-                     filter_inside && th < pass.count_th && tw < pass.count_tw);
+        if constexpr (S::FIXED) {  // all taps, in the weight's own order
+          copy_or_zero(to_w + tap * BLOCK_CO, w + tap, filter_inside);
+        } else {
+          const int th = tap / chunk.tw, tw = tap % chunk.tw;
+          const int kh = first_kh + th * k_step_h, kw = first_kw + tw * k_step_w;
+          copy_or_zero(to_w + tap * BLOCK_CO, w + static_cast<int64_t>(kh) * p.kernel_w + kw,
+                       filter_inside && th < pass.count_th && tw < pass.count_tw);
+        }
       }
     }
     __pipeline_commit();
