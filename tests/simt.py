@@ -694,34 +694,34 @@ class _Generator:
         self.nesting: list[str] = []  # the loops and switches around
         self.returns: str = ""  # "", "nothing" or "value"
         self.salt = 0
+        self.deepest = pick.choice([2, 3, 3, 4])  # nesting
 
     def kernel(self) -> Kernel:
-        for i in range(self.pick.choice([0, 1, 2, 2, 3])):
+        for i in range(self.pick.choice([0, 1, 1, 2])):
             self.functions.append(self.function(i))
         self.readable, self.assignable = ["t", "g"], []
         values = self.locals(4)
         self.returns = ""
         parts = [[self.store_to_tile(), *self.first_stores()]]
         for _ in range(self.pick.choice([0, 0, 1])):
-            parts += [self.body(0, 5), [self.store_to_tile()]]
+            parts += [self.body(0, 2), [self.store_to_tile()]]
         self.returns = "nothing"
-        parts.append(self.body(0, 7))
+        parts.append(self.body(0, 5))
         parts[-1].append(self.store_digest())
         return Kernel(self.name, self.seed, self.block, self.blocks, self.functions, values, parts)
 
     def function(self, number: int) -> Function:
         pick = self.pick
-        qualifier = pick.choice(["__noinline__", "__noinline__", "", "__forceinline__"])
+        qualifier = pick.choice(["__noinline__", "__noinline__", "", "", "__forceinline__"])
         self.readable, self.assignable = ["t", "g", "a", "b"], ["a"]
         function = Function(f"{self.name}_f{number}", qualifier, self.locals(2))
         self.returns = "value"
-        function.body = self.body(1, 4)
+        function.body = self.body(1, 2)
         if qualifier != "__forceinline__" and pick.random() < 0.25:
             less = Binary("-", Name("b"), Number(1))
             call = Call(function, self.new_salt(), self.expression(), less)
             recursion = [Assign(self.local(), "+", call)]
             function.body.append(If(Condition(Name("b")), recursion, self.body(2, 1)))
-        function.body += self.body(1, 1)
         function.body.append(Return(self.value(), self.digest()))
         return function
 
@@ -840,7 +840,7 @@ class _Generator:
             self.assign_local: 1,
             self.choose: 1,
         }
-        if depth < 4:
+        if depth < self.deepest:
             kinds |= {self.branch: 5, self.leave: 2, self.switch: 0.7}
             kinds |= {self.loop: 3} if self.nesting.count("loop") < 3 else {}
         draw = self.pick.choices(list(kinds), list(kinds.values()))[0]
@@ -863,32 +863,25 @@ class _Generator:
         return Pick(self.local(), self.test(), self.value(), self.value())
 
     def branch(self, depth: int) -> Statement:
-        yes = self.body(depth + 1, 3)
-        no = self.body(depth + 1, 3) if self.pick.random() < 0.5 else []
+        yes = self.body(depth + 1, 2)
+        no = self.body(depth + 1, 2) if self.pick.random() < 0.5 else []
         if self.pick.random() < 0.35:  # a jump at the end of one side
-            in_else = bool(no) and self.pick.random() < 0.5
-            side = no if in_else else yes
-            side += [self.effect(), *self.jump(in_else)]
+            side = no if no and self.pick.random() < 0.5 else yes
+            side += [self.effect(), *self.jump()]
         return If(self.test(), yes, no)
 
     def leave(self, depth: int) -> Statement:
         jump = self.jump()
         return If(self.test(), jump, []) if jump else self.assign(depth)
 
-    def jump(self, in_else: bool = False) -> list[Statement]:
-        """A ``break``, ``continue`` or ``return``, where there may be one.
-
-        An else side does not leave a loop. What follows the ``if`` would be reached from its other
-        side only, and compilers join the two, with the loop's end, and put the else side behind:
-        with the code that runs once, after the loop. Then it is open when its lanes run.
-        """
-        in_loop = "loop" in self.nesting
+    def jump(self) -> list[Statement]:
+        """A ``break``, ``continue`` or ``return``, where there may be one."""
         kinds: list[str] = []
-        if self.nesting and not (in_else and self.nesting[-1] == "loop"):
+        if self.nesting:
             kinds += ["break"] * 3
-        if in_loop:
+        if "loop" in self.nesting:
             kinds += ["continue"] * 3
-        if self.returns and not (in_else and in_loop):
+        if self.returns:
             kinds.append("return")
         if not kinds:
             return []
@@ -923,7 +916,7 @@ class _Generator:
         self.nesting.append("loop")
         outer = self.readable
         self.readable = [*outer, counter]
-        body = [*self.body(depth + 1, 4), self.effect()]
+        body = [*self.body(depth + 1, 3), self.effect()]
         self.readable = outer
         self.nesting.pop()
         return Loop(kind, counter, start, test, bound, pick.randint(1, 2), body)

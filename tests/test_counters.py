@@ -274,3 +274,18 @@ def test_every_stage_case_names_its_kernel():
     for case in CASES:
         if isinstance(case, StageCase):
             assert case.kernel in lab.stages[case.stage].source
+
+
+def test_a_request_to_two_buffers_counts_for_each():
+    source = """
+    __global__ void run(const float* a, const float* b, float* y) {
+      const float* from = threadIdx.x < 8 ? a : b;
+      y[threadIdx.x] = from[threadIdx.x];
+    }
+    """
+    a, b, y = (np.zeros(32, np.float32) for _ in range(3))
+    report = lab.compile(source, "simulator").launch("run", 1, 32, [a, b, y], trace=True)
+    loads = {
+        s.buffer: (s.requests, s.active_lanes, s.sectors) for s in report.sites if s.op == "load"
+    }
+    assert loads == {"a": (1, 8, 1), "b": (1, 24, 3)}

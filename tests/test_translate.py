@@ -2,7 +2,7 @@
 
 import pytest
 
-from convt_lab.simulator.translate import mask_comments_and_strings, translate
+from convt_lab.simulator.translate import mask_comments_and_strings, translate, uses_goto
 
 
 def test_a_launch_becomes_an_operator_in_place():
@@ -68,3 +68,53 @@ def test_masking_keeps_every_position():
     masked = mask_comments_and_strings(source)
     assert [len(line) for line in masked.split("\n")] == [len(line) for line in source.split("\n")]
     assert masked.split() == ["a;", "b", "=", ";", "c;"]
+
+
+MARK = "if (const ::cudasim::Loop cudasim_loop; false) {} else "
+TURN = " if (::cudasim::next_iteration()) {} else "
+
+
+@pytest.mark.parametrize(
+    ("source", "marked"),
+    [
+        ("for (;;) f(x[(0)]);", f"{MARK}for (;;){TURN} f(x[(0)]);"),
+        ("while (a) { b; }", f"{MARK}while (a){TURN} {{ b; }}"),
+        ("do { b; } while (a);", f"{MARK}do {{{TURN} {{ b; }} }} while (a);"),
+        ("for (a;b;c)for (;d;);", f"{MARK}for (a;b;c){TURN}{MARK}for (;d;){TURN};"),
+        (
+            "do if constexpr (a) b; else while (c) {} while (d);",
+            f"{MARK}do {{{TURN} if constexpr (a) b; else {MARK}while (c){TURN} {{}} }} while (d);",
+        ),
+        (
+            "do do x = {1, 2}; while (a); while (b);",
+            f"{MARK}do {{{TURN} {MARK}do {{{TURN} x = {{1, 2}}; }} while (a); }} while (b);",
+        ),
+        (
+            "do switch (a) { case 1: b; } while (c);",
+            f"{MARK}do {{{TURN} switch (a) {{ case 1: b; }} }} while (c);",
+        ),
+        (
+            'do f("while (\\")"); while /* ; */ (c);',
+            f'{MARK}do {{{TURN} f("while (\\")"); }} while /* ; */ (c);',
+        ),
+        (
+            "int format, done, meanwhile; // for (;;) do",
+            "int format, done, meanwhile; // for (;;) do",
+        ),
+    ],
+)
+def test_loops_are_marked_where_a_trace_is_wanted(source, marked):
+    assert translate(source, mark_loops=True) == marked
+    assert translate(source) == source
+
+
+@pytest.mark.parametrize(
+    "source", ["do x", "do {", "for (;;", "while", "do x; until (y);", "for ("]
+)
+def test_half_a_loop_is_left_to_the_compiler(source):
+    assert translate(source, mark_loops=True) == source
+
+
+def test_only_code_uses_goto():
+    assert uses_goto("if (a) goto b;")
+    assert not uses_goto("// goto b;\nint gotos;")

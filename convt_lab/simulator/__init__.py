@@ -25,7 +25,7 @@ from convt_lab.build import BuildError, cached_library
 from convt_lab.errors import KernelError
 from convt_lab.simulator.report import Report
 from convt_lab.simulator.tracing import declare, trace
-from convt_lab.simulator.translate import mask_comments_and_strings, translate
+from convt_lab.simulator.translate import mask_comments_and_strings, translate, uses_goto
 
 __all__ = ["Simulator", "find_compiler"]
 
@@ -40,14 +40,15 @@ _FLAGS = (
 )
 _LINK_FLAGS = ("-shared", "-pthread", "-Wl,-Bsymbolic")
 _SPEED_FLAGS = ("-O2", "-g1")
-# A call before every access and at every basic block, in code that keeps the source's order, so
-# that the tracer can tell which lanes are at the same place (see tracer.h). No scalar replacement:
-# a float4 stays one access.
+# A call before every access (see tracer.h), in code in which each access of the source stands once:
+# lanes at the same place must be at the same address. No scalar replacement: a float4 stays one
+# access. C++20 has the constant destructors that marked loops in constexpr functions need.
 _TRACE_FLAGS = (
-    *("-Og", "-gdwarf-4", "-fsanitize=thread", "-fsanitize-coverage=trace-pc", "-DCUDASIM_TRACE"),
+    *("-std=c++20", "-Og", "-gdwarf-4", "-fsanitize=thread", "-DCUDASIM_TRACE"),
     *("-fno-exceptions", "-fno-tree-sra", "-fno-tree-vectorize", "-fno-tree-dominator-opts"),
-    *("-fno-reorder-blocks", "-fno-reorder-blocks-and-partition"),
 )
+# A loop made of gotos carries no mark: with this it counts its steps, so that it ends.
+_GOTO_FLAGS = ("-fsanitize-coverage=trace-pc",)
 
 
 def find_compiler() -> str | None:
@@ -164,11 +165,16 @@ class Simulator(Backend):
         # Float atomics give sums that depend on the order of the blocks: run those on one core, so
         # that a kernel gives the same bits every time.
         workers = 1 if re.search(r"\batomic[A-Z]", mask_comments_and_strings(source)) else 0
-        text = f'#include <cuda_runtime.h>\n#line 1 "{SOURCE_NAME}"\n{translate(source)}'
-        headers = {path.name: translate(path.read_text()) for path in kernel_headers()}
+        code = translate(source, mark_loops=traced)
+        text = f'#include <cuda_runtime.h>\n#line 1 "{SOURCE_NAME}"\n{code}'
+        headers = {
+            path.name: translate(path.read_text(), mark_loops=traced) for path in kernel_headers()
+        }
         headers |= {path.name: path.read_text() for path in sorted(_FOLDER.glob("include/*.h"))}
         headers["runtime.h"] = (_FOLDER / "runtime.h").read_text()
         flags = ["-I.", f"-DCUDASIM_WORKERS={workers}"]
+        if traced and uses_goto(source):
+            flags += _GOTO_FLAGS
         path = _compile(name, text, flags, headers, [_runtime_path()], traced=traced)
         return ctypes.CDLL(str(path))
 

@@ -28,7 +28,7 @@ class Site:
     buffer
         The kernel's parameter, or the shared array.
     requests
-        Instructions that warps issued.
+        Instructions that warps issued. One whose lanes go to several buffers counts for each.
     active_lanes
         Lanes that took part, summed over the requests.
     sectors

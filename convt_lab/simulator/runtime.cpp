@@ -749,7 +749,6 @@ void cudasim_trace_begin(const CudasimTrace* trace) {
 }
 void cudasim_trace_end() { active_tracer.reset(); }
 std::uint64_t cudasim_trace_fma() { return active_tracer->fma(); }
-std::uint64_t cudasim_trace_steps() { return active_tracer->steps(); }
 std::uint64_t cudasim_trace_blocks(std::uint64_t* of) {
   *of = active_tracer->grid_blocks();
   return active_tracer->blocks();
@@ -795,7 +794,7 @@ void cudasim_atomic(const void* address, std::size_t bytes) {
   trace_access(CUDASIM_CALLER, address, bytes, cudasim::kAtomic);
 }
 
-// The two sanitizers' entry points.
+// The sanitizer's entry points.
 #define CUDASIM_ACCESS(bytes)                                                                    \
   void __tsan_read##bytes(void* a) { trace_access(CUDASIM_CALLER, a, bytes, cudasim::kLoad); }   \
   void __tsan_write##bytes(void* a) { trace_access(CUDASIM_CALLER, a, bytes, cudasim::kStore); } \
@@ -831,11 +830,27 @@ void __tsan_func_entry(void* caller) {
 void __tsan_func_exit() {
   if (cudasim::Tracer* tracer = current_tracer()) tracer->leave_function();
 }
-void __sanitizer_cov_trace_pc() {
-  cudasim::Tracer* tracer = current_tracer();
-  if (tracer != nullptr && !tracer->enter_basic_block(CUDASIM_CALLER)) {
+
+static void take_step(cudasim::Tracer* tracer) {
+  if (!tracer->take_step()) {
     worker->abort(CUDASIM_STEP_LIMIT, 0, "the launch takes more steps than it may");
   }
+}
+void cudasim_enter_loop() {
+  if (cudasim::Tracer* tracer = current_tracer()) tracer->enter_loop();
+}
+void cudasim_next_iteration() {
+  if (cudasim::Tracer* tracer = current_tracer()) {
+    tracer->next_iteration();
+    take_step(tracer);
+  }
+}
+void cudasim_leave_loop() {
+  if (cudasim::Tracer* tracer = current_tracer()) tracer->leave_loop();
+}
+// At the start of every basic block, where a loop can be made of gotos.
+void __sanitizer_cov_trace_pc() {
+  if (cudasim::Tracer* tracer = current_tracer()) take_step(tracer);
 }
 
 }  // extern "C"

@@ -72,7 +72,7 @@ struct CudasimTrace {
   std::size_t buffer_count;
   const std::uint64_t* blocks;  // the blocks to run, by linear index, or null for all
   std::size_t block_count;
-  std::uint64_t max_steps;  // basic blocks over all threads
+  std::uint64_t max_steps;  // iterations of loops over all threads
 };
 
 // One instruction's accesses to one buffer. `pc` is relative to the kernel's library.
@@ -107,7 +107,6 @@ void cudasim_trace_begin(const CudasimTrace* trace);
 void cudasim_trace_end();
 // What the trace holds; arrays live until cudasim_trace_end.
 std::uint64_t cudasim_trace_fma();
-std::uint64_t cudasim_trace_steps();
 std::uint64_t cudasim_trace_blocks(
     std::uint64_t* of);  // how many were run, of how many in the grid
 std::uint64_t cudasim_trace_footprint(std::size_t buffer);  // distinct sectors
@@ -117,6 +116,9 @@ std::size_t cudasim_trace_hazards(const CudasimHazard** hazards);
 std::size_t cudasim_trace_loads(std::size_t buffer, const std::uint32_t** counts);
 
 // What instrumented kernels call.
+void cudasim_enter_loop();
+void cudasim_next_iteration();
+void cudasim_leave_loop();
 float cudasim_fma(float a, float b, float c);
 void cudasim_atomic(const void* address, std::size_t bytes);
 

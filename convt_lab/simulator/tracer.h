@@ -1,15 +1,16 @@
 // Counts what a warp does, and looks for hazards, in a launch of an instrumented kernel.
 //
-// The kernel is compiled with GCC's -fsanitize=thread (a call before every load and store, with its
-// address) and -fsanitize-coverage=trace-pc (a call at the start of every basic block). Neither
-// sanitizer's library is linked: the calls end here, and the kernel's source is untouched.
+// The kernel is compiled with GCC's -fsanitize=thread, which puts a call before every load and
+// store, with its address, and one at the start and end of every function. The sanitizer's library
+// is not linked: the calls end here. The translation adds calls at loops (translate.py).
 //
 // A block's threads run one after the other, so what the 32 lanes of a warp would do together has
-// to be put together afterwards. Each thread records its path: basic blocks, accesses, calls and
-// returns. The paths of a warp are then walked in step. Among the lanes' next events the one
-// deepest in calls goes first, and among those the one that stands first in the code; the lanes
-// that are at the very same place take part. Lanes that left a loop early so wait for the others
-// behind it, as on a GPU.
+// to be put together. SIMT hardware runs a statement once for all lanes that come to it: those on
+// one side of a branch, those that are still in a loop; the others wait behind the branch or loop.
+// So two lanes execute a load together exactly if it is the same instruction, in the same iteration
+// of every loop around it, within the same calls. Iterations and calls are a lane's context, and a
+// warp's accesses with the same instruction and context are one request. No order of the code has
+// to be known for that, and it does not matter how the compiler laid it out.
 
 #pragma once
 
@@ -18,8 +19,8 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <tuple>
-#include <unordered_map>
 #include <vector>
 
 #include "runtime.h"
@@ -31,7 +32,7 @@ constexpr int kSectorBytes = 32;
 constexpr int kBanks = 32;
 constexpr int kBankBytes = 4;
 
-enum Operation : std::uint8_t { kMarker, kLoad, kStore, kAtomic };
+enum Operation : std::uint8_t { kLoad = 1, kStore, kAtomic };
 
 class Tracer {
  public:
@@ -60,7 +61,9 @@ class Tracer {
     threads_ = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
     library_ = library;
     library_end_ = library_end;
-    paths_.assign(threads_, {});
+    lanes_.assign(threads_, {});
+    warps_.clear();
+    warps_.resize((threads_ + kLanes - 1) / kLanes);
     clocks_.assign((threads_ + kLanes - 1) / kLanes, 0);
     const auto base = reinterpret_cast<std::uint64_t>(shared);
     for (State& state : states_) {
@@ -85,10 +88,7 @@ class Tracer {
     block_number_ = static_cast<std::uint32_t>(linear + 1);
     ++block_serial_;
     ++epoch_;
-    for (Path& path : paths_) {
-      path.callers.clear();
-      path.stack = path.depth = 0;
-    }
+    for (Lane& lane : lanes_) lane = {};
     barrier_site_ = 0;
     exited_ = -1;
   }
@@ -96,16 +96,16 @@ class Tracer {
   void run_thread(int thread, const CudasimIndex& index, const char* stack, std::size_t bytes) {
     thread_ = thread;
     index_ = index;
-    path_ = &paths_[thread];
-    if (path_->events.capacity() == 0 && !spare_.empty()) {
-      path_->events = std::move(spare_.back());
-      spare_.pop_back();
-    }
+    lane_ = &lanes_[thread];
+    bit_ = thread % kLanes;
+    warp_ = &warps_[thread / kLanes];
+    if (warp_->requests == nullptr) warp_->requests = take(spare_requests_);
+    if (warp_->contexts == nullptr) warp_->contexts = take(spare_contexts_);
     stack_ = reinterpret_cast<std::uint64_t>(stack);
     stack_end_ = stack_ + bytes;
   }
 
-  void stop() { path_ = nullptr; }
+  void stop() { lane_ = nullptr; }
 
   void arrive_at_barrier(std::uint64_t site) {
     if (barrier_site_ == 0) {
@@ -118,61 +118,63 @@ class Tracer {
   }
 
   void finish_thread() {
-    path_ = nullptr;
+    lane_ = nullptr;
     exited_ = thread_;
     exited_index_ = index_;
     if (barrier_site_ != 0) note_divergence(barrier_site_);
-    const int warp = thread_ / kLanes;
-    if (++finished_[warp] == lanes_of(warp)) merge(warp);
+    if (++warp_->finished == lanes_of(thread_ / kLanes)) close(*warp_);
   }
 
   // All waiting threads of the block go on; nothing before orders after.
   void release_barrier() {
-    merge_all();
+    for (Warp& warp : warps_) count_requests(warp);
     ++epoch_;
     barrier_site_ = 0;
   }
 
   void release_warp(int warp) {
-    merge(warp);
+    count_requests(warps_[warp]);
     ++clocks_[warp];
   }
 
   void end_block() {
-    merge_all();
-    finished_.clear();
+    for (Warp& warp : warps_) {
+      close(warp);
+      warp.finished = 0;
+    }
   }
 
   // ---- What the instrumented kernel reports ---------------------------------------------------
 
-  // Returns false when the thread has taken more steps than it may.
-  bool enter_basic_block(std::uint64_t pc) {
-    if (path_ == nullptr) return true;
-    add(pc, 0);
-    return ++steps_ <= setup_.max_steps;
-  }
+  // Returns false when the launch has taken more steps than it may.
+  bool take_step() { return lane_ == nullptr || ++steps_ <= setup_.max_steps; }
 
+  void enter_loop() {
+    if (lane_ != nullptr) lane_->context = warp_->contexts->enter_loop(lane_->context);
+  }
+  void next_iteration() {
+    if (lane_ != nullptr) lane_->context = warp_->contexts->next_iteration(lane_->context);
+  }
   void enter_function(std::uint64_t caller) {
-    if (path_ == nullptr) return;
-    path_->callers.push_back(path_->stack);
-    const auto key = std::make_pair(path_->stack, static_cast<std::uint32_t>(caller - library_));
-    path_->stack =
-        stacks_.emplace(key, static_cast<std::uint32_t>(stacks_.size() + 1)).first->second;
-    ++path_->depth;
+    if (lane_ == nullptr) return;
+    const auto call = static_cast<std::uint32_t>(caller - library_);
+    lane_->context = warp_->contexts->enter_function(lane_->context, call);
+    ++lane_->depth;
   }
-
+  void leave_loop() {
+    if (lane_ != nullptr) lane_->context = warp_->contexts->outer(lane_->context);
+  }
   void leave_function() {
-    if (path_ == nullptr || path_->callers.empty()) return;
-    path_->stack = path_->callers.back();
-    path_->callers.pop_back();
-    --path_->depth;
+    if (lane_ == nullptr || lane_->depth == 0) return;  // of the code that started the thread
+    lane_->context = warp_->contexts->outer(lane_->context);
+    --lane_->depth;
   }
 
-  void count_fma() { fma_ += path_ != nullptr; }
+  void count_fma() { fma_ += lane_ != nullptr; }
 
   // Returns why the launch must end, or null.
   const char* access(std::uint64_t pc, std::uint64_t address, std::uint32_t bytes, Operation op) {
-    if (path_ == nullptr) return nullptr;
+    if (lane_ == nullptr) return nullptr;
     if (address >= stack_ && address < stack_end_) return nullptr;  // a local variable
     if (address >= arguments_ && address < arguments_end_) return nullptr;
     const int index = find(address, bytes);
@@ -192,14 +194,15 @@ class Tracer {
     } else {
       check_shared(state, index, pc, address, bytes, op);
     }
-    add(pc, Event::what_of(op, std::min(bytes, 63u), index, address - state.start));
+    const auto instruction = static_cast<std::uint32_t>(pc - library_);
+    warp_->requests->add({lane_->context, instruction, index, bytes, op}, bit_,
+                         address - state.start, lane_->next);
     return nullptr;
   }
 
   // ---- Results ----------------------------------------------------------------------------------
 
   std::uint64_t fma() const { return fma_; }
-  std::uint64_t steps() const { return steps_; }
   std::uint64_t blocks() const { return block_serial_; }
   std::uint64_t grid_blocks() const {
     return static_cast<std::uint64_t>(grid_size_.x) * grid_size_.y * grid_size_.z;
@@ -227,33 +230,137 @@ class Tracer {
   }
 
  private:
-  // What a lane did, in two words. Events are taken in the order of `place`: deepest in calls
-  // first, then by which calls led here, then by address of the code.
-  struct Event {
-    std::uint64_t place;
-    std::uint64_t what;  // 0 for a basic block
+  // The contexts that a warp's lanes have been in: a tree, with a node for each iteration of each
+  // loop and for each call. Loops that follow each other share the nodes of their iterations; their
+  // instructions differ anyway.
+  class Contexts {
+   public:
+    Contexts() { clear(); }
+    void clear() { nodes_.assign(1, {}); }
 
-    static std::uint64_t place_of(std::uint32_t depth, std::uint32_t stack, std::uint32_t pc) {
-      return static_cast<std::uint64_t>(255 - std::min(depth, 255u)) << 56 |
-             static_cast<std::uint64_t>(stack & 0xFFFFFF) << 32 | pc;
+    std::uint32_t outer(std::uint32_t of) const { return nodes_[of].outer; }
+    std::uint32_t enter_loop(std::uint32_t from) {
+      if (nodes_[from].loop == 0) nodes_[from].loop = add({from});
+      return nodes_[from].loop;
     }
-    static std::uint64_t what_of(Operation op, std::uint32_t bytes, int buffer,
-                                 std::uint64_t offset) {
-      return static_cast<std::uint64_t>(op) << 62 | static_cast<std::uint64_t>(bytes) << 56 |
-             static_cast<std::uint64_t>(buffer) << 40 | offset;
+    std::uint32_t next_iteration(std::uint32_t from) {
+      if (nodes_[from].next == 0) nodes_[from].next = add({nodes_[from].outer});
+      return nodes_[from].next;
     }
-    std::uint32_t pc() const { return static_cast<std::uint32_t>(place); }
-    Operation op() const { return static_cast<Operation>(what >> 62); }
-    std::uint32_t bytes() const { return what >> 56 & 0x3F; }
-    int buffer() const { return what >> 40 & 0xFFFF; }
-    std::uint64_t offset() const { return what & ((std::uint64_t{1} << 40) - 1); }
+    std::uint32_t enter_function(std::uint32_t from, std::uint32_t call) {
+      std::uint32_t node = nodes_[from].calls;
+      while (node != 0 && nodes_[node].call != call) node = nodes_[node].next;
+      if (node != 0) return node;
+      node = add({from, call, nodes_[from].calls});
+      return nodes_[from].calls = node;
+    }
+
+   private:
+    struct Node {
+      std::uint32_t outer = 0;  // where a lane is after the loop or call
+      std::uint32_t call = 0;   // who called
+      std::uint32_t next = 0;   // the next iteration, or another call from the same context
+      std::uint32_t loop = 0;   // the first of the iterations in this context
+      std::uint32_t calls = 0;  // a list of the calls in this context
+    };
+
+    std::uint32_t add(const Node& node) {
+      nodes_.push_back(node);
+      return static_cast<std::uint32_t>(nodes_.size() - 1);
+    }
+
+    std::vector<Node> nodes_;  // the first is the kernel's own context
   };
 
-  struct Path {
-    std::vector<Event> events;
-    std::vector<std::uint32_t> callers;
-    std::uint32_t stack = 0;
-    std::uint16_t depth = 0;
+  struct Key {
+    std::uint32_t context, instruction;
+    int buffer;
+    std::uint32_t bytes;
+    Operation op;
+
+    bool operator==(const Key& other) const {
+      return context == other.context && instruction == other.instruction &&
+             buffer == other.buffer && bytes == other.bytes && op == other.op;
+    }
+  };
+
+  // A load, store or atomic of a warp: where each of the lanes in `mask` goes.
+  struct Request {
+    Key key;
+    std::uint32_t mask;
+    std::array<std::uint64_t, kLanes> offsets;
+  };
+
+  // The requests of a warp since they were last counted.
+  class Requests {
+   public:
+    // `expected` is where the request should be, if this lane does what the last one did.
+    void add(const Key& key, int lane, std::uint64_t offset, std::uint32_t& expected) {
+      const std::uint32_t bit = 1u << lane;
+      if (!is_open(expected, key, bit)) expected = find(key, bit);
+      Request& request = list_[expected];
+      request.mask |= bit;
+      request.offsets[lane] = offset;
+      ++expected;
+    }
+    const std::vector<Request>& list() const { return list_; }
+    void clear() {
+      list_.clear();
+      if (++generation_ == 0) slots_.assign(slots_.size(), {});
+    }
+
+   private:
+    struct Slot {
+      std::uint32_t generation = 0, index = 0;
+    };
+
+    // Whether the lane can join the request. One that is in it already has come here by a goto.
+    bool is_open(std::uint32_t index, const Key& key, std::uint32_t bit) const {
+      return index < list_.size() && list_[index].key == key && (list_[index].mask & bit) == 0;
+    }
+
+    std::uint32_t find(const Key& key, std::uint32_t bit) {
+      if (2 * list_.size() >= slots_.size()) grow();
+      std::size_t slot = hash(key);
+      for (; slots_[slot].generation == generation_; slot = (slot + 1) % slots_.size()) {
+        if (is_open(slots_[slot].index, key, bit)) return slots_[slot].index;
+      }
+      const auto index = static_cast<std::uint32_t>(list_.size());
+      list_.push_back({key, 0, {}});
+      slots_[slot] = {generation_, index};
+      return index;
+    }
+
+    void grow() {
+      slots_.assign(std::max<std::size_t>(1024, 2 * slots_.size()), {});
+      generation_ = 1;
+      for (std::uint32_t i = 0; i < list_.size(); ++i) {
+        std::size_t slot = hash(list_[i].key);
+        while (slots_[slot].generation == generation_) slot = (slot + 1) % slots_.size();
+        slots_[slot] = {generation_, i};
+      }
+    }
+
+    std::size_t hash(const Key& key) const {
+      const std::uint64_t word = static_cast<std::uint64_t>(key.context) << 32 | key.instruction;
+      return static_cast<std::size_t>((word * 0x9E3779B97F4A7C15u) >> 32) % slots_.size();
+    }
+
+    std::vector<Request> list_;  // in the order in which the first lane made them
+    std::vector<Slot> slots_;    // a hash table over it
+    std::uint32_t generation_ = 1;
+  };
+
+  struct Lane {
+    std::uint32_t context = 0;  // where it is now
+    std::uint32_t depth = 0;    // in calls
+    std::uint32_t next = 0;     // see Requests::add
+  };
+
+  struct Warp {
+    std::unique_ptr<Requests> requests;
+    std::unique_ptr<Contexts> contexts;
+    int finished = 0;  // lanes
   };
 
   // Who touched a word of shared memory last. Epochs count the barriers.
@@ -302,11 +409,6 @@ class Tracer {
   }
 
   int lanes_of(int warp) const { return std::min(kLanes, threads_ - warp * kLanes); }
-
-  void add(std::uint64_t pc, std::uint64_t what) {
-    const auto relative = static_cast<std::uint32_t>(pc - library_);
-    path_->events.push_back({Event::place_of(path_->depth, path_->stack, relative), what});
-  }
 
   int find(std::uint64_t address, std::uint32_t bytes) {
     if (last_found_ >= 0 && holds(last_found_, address, bytes)) return last_found_;
@@ -446,53 +548,36 @@ class Tracer {
     }
   }
 
-  // ---- Walking a warp's paths in step -----------------------------------------------------------
+  // ---- Counting requests ------------------------------------------------------------------------
 
-  void merge_all() {
-    for (std::size_t warp = 0; warp < clocks_.size(); ++warp) merge(static_cast<int>(warp));
+  // One warp after the other uses the same memory, which is still in the cache.
+  template <class T>
+  static std::unique_ptr<T> take(std::vector<std::unique_ptr<T>>& spare) {
+    if (spare.empty()) return std::make_unique<T>();
+    std::unique_ptr<T> one = std::move(spare.back());
+    spare.pop_back();
+    one->clear();
+    return one;
   }
 
-  void merge(int warp) {
-    constexpr std::uint64_t kDone = ~std::uint64_t{0};
-    std::array<const Event*, kLanes> next{}, end{};
-    std::array<std::uint64_t, kLanes> place;  // of each lane's next event
-    place.fill(kDone);
-    const int lanes = lanes_of(warp);
-    for (int lane = 0; lane < lanes; ++lane) {
-      const auto& events = paths_[warp * kLanes + lane].events;
-      next[lane] = events.data();
-      end[lane] = events.data() + events.size();
-      if (next[lane] != end[lane]) place[lane] = next[lane]->place;
-    }
-    for (;;) {
-      std::uint64_t first = kDone;
-      for (const std::uint64_t p : place) first = std::min(first, p);
-      if (first == kDone) break;
-      std::array<std::uint64_t, kLanes> offsets;
-      std::uint32_t mask = 0;
-      const Event* leader = nullptr;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if (place[lane] != first) continue;
-        leader = next[lane]++;
-        offsets[lane] = leader->offset();
-        mask |= 1u << lane;
-        place[lane] = next[lane] == end[lane] ? kDone : next[lane]->place;
-      }
-      if (leader->op() != kMarker) count_request(*leader, offsets, mask);
-    }
-    // The next warp records into the same memory, which is still in the cache.
-    for (int lane = 0; lane < lanes; ++lane) {
-      auto& events = paths_[warp * kLanes + lane].events;
-      events.clear();
-      if (events.capacity() > 0) spare_.push_back(std::move(events));
-      events = {};
-    }
+  void count_requests(Warp& warp) {
+    if (warp.requests == nullptr) return;
+    for (const Request& request : warp.requests->list()) count_request(request);
+    spare_requests_.push_back(std::move(warp.requests));
+    const auto first = static_cast<std::size_t>(&warp - warps_.data()) * kLanes;
+    for (std::size_t i = first; i < std::min(first + kLanes, lanes_.size()); ++i)
+      lanes_[i].next = 0;
   }
 
-  void count_request(const Event& event, const std::array<std::uint64_t, kLanes>& offsets,
-                     std::uint32_t mask) {
-    const std::uint32_t bytes = event.bytes();
-    const State& state = states_[event.buffer()];
+  void close(Warp& warp) {
+    count_requests(warp);
+    if (warp.contexts != nullptr) spare_contexts_.push_back(std::move(warp.contexts));
+  }
+
+  void count_request(const Request& request) {
+    const auto& [key, mask, offsets] = request;
+    const std::uint32_t bytes = key.bytes;
+    const State& state = states_[key.buffer];
     std::array<std::uint64_t, kLanes> sorted;
     int lanes = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -503,13 +588,11 @@ class Tracer {
         std::unique(sorted.begin(), sorted.begin() + lanes) - sorted.begin());
     const std::uint64_t distinct_bytes = distinct * bytes;
 
-    const std::uint64_t key = (static_cast<std::uint64_t>(event.pc()) << 24) |
-                              (static_cast<std::uint64_t>(event.op()) << 16) |
-                              static_cast<std::uint16_t>(event.buffer());
-    CudasimSite& site = sites_[key];
-    site.pc = event.pc();
-    site.op = event.op();
-    site.buffer = event.buffer();
+    const auto place = std::make_tuple(key.instruction, key.op, key.buffer);
+    CudasimSite& site = sites_[place];
+    site.pc = key.instruction;
+    site.op = key.op;
+    site.buffer = key.buffer;
     ++site.requests;
     site.active_lanes += lanes;
     site.bytes_requested += static_cast<std::uint64_t>(lanes) * bytes;
@@ -532,13 +615,10 @@ class Tracer {
       site.ideal += (distinct_bytes + kBanks * kBankBytes - 1) / (kBanks * kBankBytes);
     }
     site.transactions += cost;
-    const auto [example, is_new] = examples_.try_emplace(key);
+    const auto [example, is_new] = examples_.try_emplace(place);
     if (is_new || cost > example->second.transactions) {
-      CudasimRequest& request = example->second;
-      request = {event.pc(), event.op(), event.buffer(), bytes, mask, cost, {}};
-      for (int lane = 0; lane < kLanes; ++lane) {
-        request.offsets[lane] = mask >> lane & 1 ? offsets[lane] : 0;
-      }
+      example->second = {key.instruction, key.op, key.buffer, bytes, mask, cost, {}};
+      std::copy(offsets.begin(), offsets.end(), example->second.offsets);
     }
   }
 
@@ -581,21 +661,24 @@ class Tracer {
   CudasimIndex block_{}, index_{}, grid_size_{}, block_size_{};
   std::uint32_t block_number_ = 0, block_serial_ = 0, epoch_ = 0;
   int thread_ = 0;
-  Path* path_ = nullptr;
+  Lane* lane_ = nullptr;  // null outside kernels
+  int bit_ = 0;           // of the lane in its warp
+  Warp* warp_ = nullptr;
   std::uint64_t stack_ = 0, stack_end_ = 0;
   std::uint64_t arguments_ = 0, arguments_end_ = 0;  // the kernel's, with the launcher
-  std::vector<Path> paths_;
-  std::vector<std::vector<Event>> spare_;  // empty, with room
-  std::vector<std::uint32_t> clocks_;      // of each warp: its warp-level synchronisations
-  std::unordered_map<int, int> finished_;  // threads done, by warp
-  std::uint64_t barrier_site_ = 0;         // where threads of the block wait now
+  std::vector<Lane> lanes_;
+  std::vector<Warp> warps_;
+  std::vector<std::unique_ptr<Requests>> spare_requests_;
+  std::vector<std::unique_ptr<Contexts>> spare_contexts_;
+  std::vector<std::uint32_t> clocks_;  // of each warp: its warp-level synchronisations
+  std::uint64_t barrier_site_ = 0;     // where threads of the block wait now
   CudasimIndex barrier_index_{}, exited_index_{};
   int exited_ = -1;
-  std::map<std::pair<std::uint32_t, std::uint32_t>, std::uint32_t> stacks_;
 
   std::uint64_t fma_ = 0, steps_ = 0;
-  std::map<std::uint64_t, CudasimSite> sites_;
-  std::map<std::uint64_t, CudasimRequest> examples_;
+  using Place = std::tuple<std::uint32_t, int, int>;  // instruction, operation, buffer
+  std::map<Place, CudasimSite> sites_;
+  std::map<Place, CudasimRequest> examples_;
   std::vector<CudasimSite> site_list_;
   std::vector<CudasimRequest> example_list_;
   std::vector<CudasimHazard> hazards_;

@@ -21,7 +21,7 @@ from convt_lab.simulator.translate import mask_comments_and_strings
 
 __all__ = ["declare", "trace"]
 
-#: Basic blocks that all threads of a traced launch may run together: some minutes' worth.
+#: Iterations of loops that all threads of a traced launch may take together: some minutes' worth.
 MAX_STEPS = 4_000_000_000
 
 _GLOBAL, _STATIC_SHARED, _DYNAMIC_SHARED = range(3)

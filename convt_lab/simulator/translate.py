@@ -3,14 +3,15 @@
 Three constructs need it: a launch, ``kernel<<<grid, block>>>(args)``; a dynamic shared array,
 ``extern __shared__ float tile[];``; and the keyword ``__noinline__``, which can't be a macro
 because the standard library uses that word. Comments, strings and everything else pass through
-untouched.
+untouched. A build that is traced also gets a mark at every loop, so that the tracer knows which
+iteration a thread is in.
 """
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["mask_comments_and_strings", "translate"]
+__all__ = ["mask_comments_and_strings", "translate", "uses_goto"]
 
 _TOKEN = re.compile(
     r"""//[^\n]*            # line comment
@@ -27,6 +28,8 @@ _DYNAMIC_SHARED = re.compile(
     re.VERBOSE,
 )
 _NOINLINE = re.compile(r"(?<!\()\b__noinline__\b")  # not in __attribute__((__noinline__))
+_LOOP = re.compile(r"\b(?:for|while|do)\b")
+_WORD = re.compile(r"\s*([A-Za-z_]\w*)?")
 _ALIGNMENT = re.compile(r"\b(?:__align__|alignas)\s*\([^()]*\)")
 
 
@@ -35,19 +38,27 @@ def mask_comments_and_strings(source: str) -> str:
     return _TOKEN.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), source)
 
 
-def translate(source: str) -> str:
+def uses_goto(source: str) -> bool:
+    """Whether there may be loops that `translate` can't mark."""
+    return re.search(r"\bgoto\b", mask_comments_and_strings(source)) is not None
+
+
+def translate(source: str, *, mark_loops: bool = False) -> str:
     """Return CUDA C++ `source` as C++ that the simulator's headers give a meaning to.
 
     The result has as many lines as `source`, and each construct stays on its line.
     """
     code = mask_comments_and_strings(source)
     edits = [*_launch_edits(code), *_shared_edits(code)]
+    if mark_loops:
+        edits += _loop_edits(code)
     for match in _NOINLINE.finditer(code):
         edits.append((match.start(), match.end(), "__attribute__((noinline))"))
-    for start, end, text in sorted(edits, reverse=True):
-        lost_lines = source.count("\n", start, end)
-        source = source[:start] + text + "\n" * lost_lines + source[end:]
-    return source
+    pieces, position = [], 0
+    for start, end, text in sorted(edits, key=lambda edit: edit[:2]):
+        pieces += [source[position:start], text, "\n" * source.count("\n", start, end)]
+        position = end
+    return "".join([*pieces, source[position:]])
 
 
 def _launch_edits(code: str) -> list[tuple[int, int, str]]:
@@ -74,6 +85,89 @@ def _closing(code: str, position: int) -> int | None:
             depth -= 1
         elif depth == 0 and code.startswith(">>>", index):
             return index
+    return None
+
+
+_LOOP_MARK = "if (const ::cudasim::Loop cudasim_loop; false) {} else "
+_ITERATION_MARK = " if (::cudasim::next_iteration()) {} else "
+
+
+def _loop_edits(code: str) -> list[tuple[int, int, str]]:
+    """Put each loop into the scope of a mark, and a call at the start of each iteration.
+
+    ``for (...) body`` becomes ``if (mark; false) {} else for (...) if (iteration) {} else body``,
+    where the conditions are false. This leaves ``break``, ``continue`` and an ``else`` behind the
+    loop with the meaning that they had.
+    """
+    edits = []
+    ends_of_do = set()  # where the `while` behind a `do` stands
+    for match in _LOOP.finditer(code):
+        if match.start() in ends_of_do:
+            continue
+        if match[0] == "do":
+            body = match.end()
+            end = _statement_end(code, body)
+            if end is None or (end_word := _word(code, end))[0] != "while":
+                continue  # the compiler's own message will point at it
+            ends_of_do.add(end_word[1])
+        else:
+            body = _parentheses_end(code, match.end())
+            if body is None:
+                continue
+        edits.append((match.start(), match.start(), _LOOP_MARK))
+        if match[0] == "do":
+            edits.append((body, body, f" {{{_ITERATION_MARK}"))
+            edits.append((end, end, " }"))
+        else:
+            edits.append((body, body, _ITERATION_MARK))
+    return edits
+
+
+def _word(code: str, position: int) -> tuple[str | None, int]:
+    """Return the word that comes next, if one does, and where it starts."""
+    match = _WORD.match(code, position)
+    return match[1], match.start(1) if match[1] else match.end()
+
+
+def _parentheses_end(code: str, position: int) -> int | None:
+    """Return the end of the parentheses, or braces, that come next."""
+    start = _word(code, position)[1]
+    depth = 0
+    for index in range(start, len(code)):
+        if code[index] in "([{":
+            depth += 1
+        elif code[index] in ")]}":
+            depth -= 1
+        if depth <= 0:
+            return index + 1 if index > start and depth == 0 else None
+    return None
+
+
+def _statement_end(code: str, position: int) -> int | None:
+    """Return the end of the statement that comes next; it may hold others."""
+    word, start = _word(code, position)
+    if word in ("if", "for", "while", "switch"):
+        position = start + len(word)
+        if word == "if" and _word(code, position)[0] == "constexpr":
+            position = _word(code, position)[1] + len("constexpr")
+        head = _parentheses_end(code, position)
+        end = None if head is None else _statement_end(code, head)
+        if end is not None and word == "if" and _word(code, end)[0] == "else":
+            end = _statement_end(code, _word(code, end)[1] + len("else"))
+        return end
+    if word == "do":
+        end = _statement_end(code, start + len(word))
+        return None if end is None else _statement_end(code, end + len("while"))
+    if code.startswith("{", start):
+        return _parentheses_end(code, start)
+    depth = 0
+    for index in range(start, len(code)):
+        if code[index] in "([{":
+            depth += 1
+        elif code[index] in ")]}":
+            depth -= 1
+        elif code[index] == ";" and depth == 0:
+            return index + 1
     return None
 
 

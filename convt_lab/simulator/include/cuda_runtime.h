@@ -136,6 +136,30 @@ struct DynamicShared {
 
 }  // namespace cudasim
 
+// ---- Loops, which the translation marks in a build that is traced
+// --------------------------------
+
+#ifdef CUDASIM_TRACE
+namespace cudasim {
+
+struct Loop {
+  constexpr Loop() {
+    if (!__builtin_is_constant_evaluated()) cudasim_enter_loop();
+  }
+  constexpr ~Loop() {
+    if (!__builtin_is_constant_evaluated()) cudasim_leave_loop();
+  }
+  Loop(const Loop&) = delete;
+};
+
+__forceinline__ constexpr bool next_iteration() {
+  if (!__builtin_is_constant_evaluated()) cudasim_next_iteration();
+  return false;
+}
+
+}  // namespace cudasim
+#endif
+
 // ---- Barriers and warps -----------------------------------------------------------------------
 
 // The empty asm keeps the compiler from carrying values of memory across the wait.
