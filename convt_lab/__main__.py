@@ -61,6 +61,14 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _architectures(arguments: argparse.Namespace) -> int:
+    from convt_lab.architectures import write
+
+    print(write(arguments.output))
+    print(f"wrote {arguments.output}", file=sys.stderr)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m convt_lab",
@@ -115,6 +123,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--force", action="store_true", help="replace FILE if it exists")
     export.set_defaults(run=_export)
+
+    architectures = commands.add_parser(
+        "architectures",
+        help="what nvcc says of every stage for other GPUs, and what follows from it",
+        description="Compile every stage for six architectures with nvcc; print and record each "
+        "kernel's registers, shared memory, spills and occupancy, and times predicted from peak "
+        "rates. It needs nvcc and g++, no GPU, and takes a minute.",
+    )
+    architectures.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        default=Path("records/architectures.json"),
+        help="the record to write (default: %(default)s)",
+    )
+    architectures.set_defaults(run=_architectures)
     return parser
 
 

@@ -23,6 +23,7 @@ import torch
 from convt_lab.backend import Array, Backend
 from convt_lab.errors import KernelError
 from convt_lab.simulator import Simulator
+from convt_lab.simulator.planning import Launch
 from convt_lab.simulator.report import Report
 from convt_lab.simulator.translate import mask_comments_and_strings
 
@@ -234,6 +235,22 @@ class Program:
             return self._traced(launcher, values, start, blocks)
         self._run(launcher, values, start)
         return None
+
+    def plan(self, launcher: str, *args: Any) -> tuple[Launch, ...]:
+        """Return what a launcher of the source's own would launch; nothing runs.
+
+        `args` are ctypes values or None (the null pointer), as for `call`; no array is needed. It
+        takes the simulator.
+        """
+        backend = self._backend
+        if not isinstance(backend, Simulator):
+            raise ValueError("plan needs the simulator: compile with backend='simulator'")
+        values = [ctypes.c_void_p(None) if a is None else a for a in args]
+        with backend.plan(self.library) as launches:
+            code = getattr(self.library, launcher)(*values, ctypes.c_void_p(backend.stream()))
+            if code != 0:
+                raise backend.error(self.library, code, launcher)
+        return tuple(launches)
 
     def _run(self, name: str, values: list[Any], start: _Start) -> None:
         arrays = [v for v in values if isinstance(v, Array)]

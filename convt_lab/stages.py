@@ -20,6 +20,7 @@ from convt_lab.backend import KERNEL_FOLDER, Array
 from convt_lab.problem import Problem
 from convt_lab.program import BackendName, Program
 from convt_lab.program import compile as compile_source
+from convt_lab.simulator.planning import Launch
 from convt_lab.simulator.report import Report
 
 __all__ = ["Stage", "stages"]
@@ -94,6 +95,16 @@ class Stage:
             return "general"
         ask.restype = ctypes.c_char_p
         return ask(_ConvTransposeProblem.of(problem)).decode()
+
+    def launches(self, problem: Problem) -> tuple[Launch, ...]:
+        """Return the kernels that the stage would launch for `problem`, in order; nothing runs.
+
+        It asks the compiled stage's launcher on the simulator, which decides as on a GPU.
+        """
+        pointers = (None,) * 4  # input, weight, bias, output: a launcher only hands them on
+        return self.program("simulator").plan(
+            self.name, *pointers, _ConvTransposeProblem.of(problem)
+        )
 
     def __call__(
         self,

@@ -23,6 +23,7 @@ from pathlib import Path
 from convt_lab.backend import SOURCE_NAME, Array, Backend, compile_error, kernel_headers
 from convt_lab.build import BuildError, cached_library
 from convt_lab.errors import KernelError
+from convt_lab.simulator.planning import Launch, plan
 from convt_lab.simulator.report import Report
 from convt_lab.simulator.tracing import declare, trace
 from convt_lab.simulator.translate import mask_comments_and_strings, translate, uses_goto
@@ -124,6 +125,7 @@ def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_runtime_path()))
     declare(library)
     library.cudasim_failure.restype = ctypes.POINTER(_Failure)
+    library.cudasim_planned.restype = ctypes.c_size_t
     library.cudasim_allocate.restype = ctypes.c_void_p
     library.cudasim_allocate.argtypes = [ctypes.c_size_t]
     library.cudasim_release.argtypes = [ctypes.c_void_p]
@@ -193,6 +195,12 @@ class Simulator(Backend):
         """
         with trace(_runtime(), library, source, arrays, addresses, blocks) as report:
             yield report
+
+    @contextmanager
+    def plan(self, library: ctypes.CDLL) -> Iterator[list[Launch]]:
+        """Note the launches in this context and run none; yields a list, filled at the end."""
+        with plan(_runtime(), library) as launches:
+            yield launches
 
     @contextmanager
     def lend(self, arrays: Sequence[Array | None]) -> Iterator[list[int]]:

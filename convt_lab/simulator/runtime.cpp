@@ -277,6 +277,8 @@ thread_local CudasimFailure last_failure{};
 thread_local int pending_error = 0;
 thread_local std::unique_ptr<cudasim::Tracer> active_tracer;
 thread_local std::vector<std::uint64_t> traced_blocks;
+thread_local bool planning = false;
+thread_local std::vector<CudasimPlanned> planned;
 
 extern "C" void* __tls_get_addr(std::size_t*);
 
@@ -633,6 +635,11 @@ void cudasim_launch(const CudasimLaunch* launch) {
     if (pending_error == 0) pending_error = kInvalidConfiguration;
     return;
   }
+  if (planning) {
+    planned.push_back({reinterpret_cast<std::uintptr_t>(launch->kernel) - library.start,
+                       launch->grid, launch->block, launch->shared_bytes});
+    return;
+  }
 
   const auto& grid = launch->grid;
   cudasim::Tracer* const tracer = active_tracer.get();
@@ -739,6 +746,21 @@ void cudasim_release(void* buffer) {
   if (found == reservations.end()) return;
   munmap(found->second.memory, found->second.bytes);
   reservations.erase(found);
+}
+
+// ---- Planning -----------------------------------------------------------------------------------
+
+void cudasim_plan_begin() {
+  planned.clear();
+  planning = true;
+}
+void cudasim_plan_end() {
+  planned.clear();
+  planning = false;
+}
+std::size_t cudasim_planned(const CudasimPlanned** launches) {
+  *launches = planned.data();
+  return planned.size();
 }
 
 // ---- Tracing ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ struct CudasimLaunch {
   CudasimIndex grid;   // blocks
   CudasimIndex block;  // threads
   std::size_t shared_bytes;
+  const void* kernel;                    // the kernel's code
   void (*run_thread)(const void* call);  // runs the kernel for the current thread
   const void* call;                      // the kernel and its arguments ...
   std::size_t call_bytes;                // ... which take this much memory
@@ -101,6 +102,19 @@ struct CudasimHazard {
   std::uint64_t count;
   CudasimIndex block, thread, other_block, other_thread;
 };
+
+// A launch that was asked for and not run. `kernel` is relative to the kernel's library.
+struct CudasimPlanned {
+  std::uint64_t kernel;
+  CudasimIndex grid, block;
+  std::uint64_t shared_bytes;
+};
+
+// Makes this CPU thread's launches be noted instead of run, until cudasim_plan_end.
+void cudasim_plan_begin();
+void cudasim_plan_end();
+// What has been noted, in order; the array lives until the next launch or cudasim_plan_end.
+std::size_t cudasim_planned(const CudasimPlanned** launches);
 
 // Makes this CPU thread's launches traced ones, on one core, until cudasim_trace_end.
 void cudasim_trace_begin(const CudasimTrace* trace);

@@ -121,6 +121,7 @@ void operator%(void (*kernel)(P...), Call<A...> call) {
   const CudasimLaunch launch{{call.grid.x, call.grid.y, call.grid.z},
                              {call.block.x, call.block.y, call.block.z},
                              call.shared_bytes,
+                             reinterpret_cast<const void*>(kernel),
                              &BoundKernel<P...>::run,
                              &bound,
                              sizeof(bound),

@@ -1,0 +1,71 @@
+"""What a launcher would launch, asked without running anything."""
+
+import ctypes
+
+import pytest
+
+import convt_lab as lab
+
+SOURCE = """
+template <int N>
+__global__ void fill(float* y) { y[threadIdx.x] = N; }
+static __global__ void idle() {}
+
+extern "C" cudaError_t start(float* y, int blocks, cudaStream_t stream) {
+  fill<1><<<dim3(blocks, 2), dim3(4, 8, 2), 100, stream>>>(y);
+  if (cudaGetLastError() != cudaSuccess) return cudaErrorInvalidValue;
+  idle<<<1, 32>>>();
+  fill<2><<<blocks, 96>>>(y);
+  return cudaGetLastError();
+}
+"""
+
+
+def plan(blocks):
+    return lab.compile(SOURCE, "simulator").plan("start", None, ctypes.c_int(blocks))
+
+
+def test_every_launch_is_listed_in_order():
+    launches = plan(3)
+    assert [(launch.grid, launch.block, launch.shared_bytes) for launch in launches] == [
+        ((3, 2, 1), (4, 8, 2), 100),
+        ((1, 1, 1), (32, 1, 1), 0),
+        ((3, 1, 1), (96, 1, 1), 0),
+    ]
+    assert [launch.threads for launch in launches] == [64, 32, 96]
+    symbols = [launch.symbol for launch in launches]
+    assert symbols[0] == "_Z4fillILi1EEvPf"
+    assert "idle" in symbols[1]
+    assert symbols[2] == "_Z4fillILi2EEvPf"
+    assert plan(3) == launches
+
+
+def test_a_bad_configuration_is_refused_and_forgotten():
+    with pytest.raises(lab.KernelError, match="grid"):
+        plan(0)
+    assert len(plan(1)) == 3
+
+
+def test_launches_run_again_afterwards():
+    plan(1)
+    x, weight, bias = lab.Problem.named("star_small").random_inputs()
+    y = lab.stages["coalesced"](x, weight, bias)
+    assert not y.isnan().any()
+
+
+@pytest.mark.parametrize("stage", lab.stages.values(), ids=lambda stage: stage.name)
+def test_a_stage_is_planned_as_it_is_profiled(stage):
+    problem = lab.Problem.named("strided_small")
+    x, weight, bias = problem.random_inputs()
+    launches = stage.launches(problem)
+    report = stage.profile(x, weight, bias, **problem.arguments, blocks=[0])
+    x, y, z = launches[-1].grid
+    assert report.grid_blocks == x * y * z
+
+
+def test_a_stage_is_planned_for_a_problem_too_large_to_run():
+    problem = lab.Problem(
+        batch=64, in_channels=512, out_channels=512, height=512, width=512, kernel_size=3
+    )
+    for stage in lab.stages.values():
+        assert stage.launches(problem)
