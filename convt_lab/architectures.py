@@ -39,7 +39,7 @@ from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.build import BuildError
 from convt_lab.gpu import COMPILER_PACKAGES, find_toolkit
 from convt_lab.problem import Problem
-from convt_lab.simulator.planning import Launch
+from convt_lab.simulator.planning import Launch, readable_name
 from convt_lab.stages import Stage, stages
 
 __all__ = [
@@ -494,16 +494,6 @@ def compile_all(
 # ---- The record ----------------------------------------------------------------------------------
 
 
-def _readable(symbol: str) -> str:
-    """Return a kernel's name with its template arguments, without its parameters."""
-    command = ["c++filt", "--no-params", symbol]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError("c++filt fails; install binutils, which comes with g++") from error
-    return result.stdout.strip().removeprefix("void ")
-
-
 def _launch_rows(
     limits: Architecture, resources: Resources, launches: Iterable[tuple[str, Launch]]
 ) -> list[dict[str, Any]]:
@@ -544,7 +534,7 @@ def _kernel_rows(
             rows.append(
                 {
                     "stage": name,
-                    "kernel": _readable(symbol),
+                    "kernel": readable_name(symbol),
                     "architecture": architecture,
                     **asdict(resources),
                     "launches": _launch_rows(ARCHITECTURES[architecture], resources, own),

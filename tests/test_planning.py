@@ -5,6 +5,7 @@ import ctypes
 import pytest
 
 import convt_lab as lab
+from convt_lab.simulator.planning import readable_name
 
 SOURCE = """
 template <int N>
@@ -37,6 +38,7 @@ def test_every_launch_is_listed_in_order():
     assert symbols[0] == "_Z4fillILi1EEvPf"
     assert "idle" in symbols[1]
     assert symbols[2] == "_Z4fillILi2EEvPf"
+    assert [readable_name(symbol) for symbol in symbols] == ["fill<1>", "idle", "fill<2>"]
     assert plan(3) == launches
 
 

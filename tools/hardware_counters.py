@@ -8,13 +8,12 @@ the simulator's counters with the file.
 
 from __future__ import annotations
 
-import csv
 import json
-import re
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+
+import nsight_compute
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -58,19 +57,11 @@ def measure() -> list[dict[str, str]]:
     """Return ncu's rows, a launch each, in the order of the cases."""
     from counter_cases import CASES
 
-    kernels = sorted({case.kernel for case in CASES})
-    command = [
-        *("ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"),
-        *("--metrics", ",".join(METRICS.values())),
-        *("--kernel-name", f"regex:^({'|'.join(kernels)})$"),
-        *(sys.executable, __file__, "--launch"),
-    ]
-    output = subprocess.run(command, capture_output=True, text=True, check=False)
-    table = [line for line in output.stdout.splitlines() if line.startswith('"')]
-    if output.returncode != 0 or not table:
-        raise SystemExit(f"ncu failed:\n{output.stdout}\n{output.stderr}")
-    rows = list(csv.DictReader(table))
-    return rows[1:] if not rows[0]["ID"] else rows  # the first row holds the units
+    kernels = {case.kernel for case in CASES}
+    _, rows = nsight_compute.measure(
+        METRICS.values(), kernels, [sys.executable, __file__, "--launch"]
+    )
+    return rows
 
 
 def main() -> None:
@@ -87,11 +78,10 @@ def main() -> None:
         if case.kernel not in row["Kernel Name"]:
             raise SystemExit(f"ncu saw {row['Kernel Name']} in place of {case.kernel}")
         counters[str(case)] = {
-            name: int(float(row[metric].replace(",", "")))
+            name: int(value)
             for name, metric in METRICS.items()
-            if row.get(metric) not in (None, "", "n/a")
+            if (value := nsight_compute.number(row.get(metric))) is not None
         }
-    version = subprocess.run(["ncu", "--version"], capture_output=True, text=True, check=True)
     gpu = torch.cuda.get_device_name()
     record = {
         "schema": 1,
@@ -100,13 +90,12 @@ def main() -> None:
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "ncu": re.search(r"Version (\S+)", version.stdout)[1],
+        "ncu": nsight_compute.version(),
         "metrics": METRICS,
         "explained": EXPLAINED,
         "counters": counters,
     }
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    path = ROOT / "records" / f"{name}-counters.json"
+    path = nsight_compute.record_path(gpu, "counters")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}: {len(counters)} launches")

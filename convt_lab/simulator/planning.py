@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Launch", "plan"]
+__all__ = ["Launch", "plan", "readable_name"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,16 @@ class _Planned(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint64),
     ]
+
+
+def readable_name(symbol: str) -> str:
+    """Return the name in the source of the kernel `symbol`: template arguments, no parameters.
+
+    ``_Z4fillILi1EEvPf`` is ``fill<1>``.
+    """
+    command = ["c++filt", "--no-params", symbol]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return output.strip().removeprefix("void ")
 
 
 @contextmanager
