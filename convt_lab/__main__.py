@@ -1,4 +1,4 @@
-"""The command line: ``python -m convt_lab ladder | doctor | export STAGE``.
+"""The command line: ``python -m convt_lab ladder | bench | doctor | export STAGE``.
 
 Exit status: 0 for success; 1 if a stage is wrong or nothing can run here; 2 for a command that
 can't be carried out, with one line on stderr that says why.
@@ -18,11 +18,22 @@ import torch
 from convt_lab import __version__
 from convt_lab.build import BuildError
 from convt_lab.problem import Problem, ProblemError
+from convt_lab.records import PARTS, RecordError
 from convt_lab.stages import stages
 
 __all__ = ["main"]
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+# What says in its message why a command can't be carried out.
+_REFUSED = (
+    BuildError,
+    ProblemError,
+    RecordError,
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +47,18 @@ def _ladder(arguments: argparse.Namespace) -> int:
     from convt_lab.ladder import ladder
 
     return ladder(arguments.problem, arguments.device, arguments.seed)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from convt_lab.bench import bench
+
+    return bench(
+        parts=arguments.only,
+        problems=arguments.problems,
+        out=arguments.out,
+        seed=arguments.seed,
+        older=arguments.compare,
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -100,6 +123,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     ladder.set_defaults(run=_ladder)
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure ceilings, every stage and PyTorch on this GPU, and write the record",
+        description="Measure on a GPU its ceilings, every stage and PyTorch on a set of shapes, "
+        "and how time and memory grow; print it and write records/GPU.json. A run of some parts or "
+        "problems writes only where --out says. The exit status is 1 if any stage is wrong or a "
+        "part could not be finished.",
+    )
+    bench.add_argument(
+        "--only",
+        type=_parts,
+        metavar="PART[,PART]",
+        help=f"measure these parts only: {', '.join(PARTS)}",
+    )
+    bench.add_argument(
+        "--problems",
+        nargs="+",
+        metavar="NAME",
+        help="measure the shapes of these names only, such as: star classic",
+    )
+    bench.add_argument("--out", type=Path, metavar="FILE", help="the file to write")
+    bench.add_argument(
+        "--seed", type=_seed, default=0, help="seed of the random inputs (default: 0)"
+    )
+    bench.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="an older record: print how far its times, as multiples of cuDNN's, are from the new",
+    )
+    bench.set_defaults(run=_bench)
+
     doctor = commands.add_parser(
         "doctor",
         help="say what was found here, and how to get what is missing",
@@ -143,6 +198,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parts(text: str) -> list[str]:
+    parts = text.split(",")
+    for part in parts:
+        if part not in PARTS:
+            raise argparse.ArgumentTypeError(f"{part!r} is none of {', '.join(PARTS)}")
+    return parts
+
+
 def _seed(text: str) -> int:
     try:
         seed = int(text)
@@ -178,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (BuildError, ProblemError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except _REFUSED as error:
         parser.error(str(error) or type(error).__name__)
 
 

@@ -1,0 +1,1086 @@
+"""What `make bench` measures on one GPU, in which order, and how it is shown and written.
+
+Three parts: the GPU's ceilings; every stage and PyTorch's operator on a set of shapes; and how time
+and memory grow with the batch, the image, the channels and the kernel. What a number means and how
+it is kept is told by `convt_lab.records`, how it is timed by `convt_lab.measure`.
+
+Nothing is timed that was not judged against float64 first. All that needs a GPU comes in through
+`Instruments` and `Workload`, so that the order and the judging can be tried without one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from convt_lab import records
+from convt_lab.backend import KERNEL_FOLDER, Array
+from convt_lab.build import BuildError
+from convt_lab.gpu import find_toolkit
+from convt_lab.ladder import exact, judge, poisoned
+from convt_lab.measure import (
+    SUSTAINED_SECONDS,
+    Clock,
+    EventClock,
+    Load,
+    Sampler,
+    Timing,
+    gpu_facts,
+    median_times,
+    sustained_time,
+)
+from convt_lab.problem import Problem, ProblemError
+from convt_lab.program import BackendName
+from convt_lab.program import compile as compile_source
+from convt_lab.records import (
+    BASELINE,
+    CEILINGS,
+    PARTS,
+    PYTORCH_ROWS,
+    Ceiling,
+    Ceilings,
+    Point,
+    Record,
+    Row,
+    RowErrors,
+    Shape,
+)
+from convt_lab.stages import stages
+
+__all__ = [
+    "SHAPES",
+    "Candidate",
+    "Change",
+    "Instruments",
+    "Workload",
+    "bench",
+    "compare",
+    "comparison",
+    "growth_candidates",
+    "growth_problems",
+    "measure_ceilings",
+    "measure_problem",
+    "pytorch_candidates",
+    "stage_candidates",
+    "tables",
+]
+
+#: The problems of the part ``shapes``, in the order of the measurement.
+SHAPES: Mapping[str, Problem] = MappingProxyType(
+    {
+        "star": Problem.named("star"),
+        "classic": Problem.named("classic"),
+        # Level 1 #65 of KernelBench until July 2025.
+        "kernelbench_65_old": Problem(16, 32, 64, 128, 128, kernel_size=(3, 5)),
+        "dcgan": Problem(128, 256, 128, 8, 8, kernel_size=4, stride=2, padding=1),
+        "unet_up": Problem(4, 128, 64, 256, 256, kernel_size=2, stride=2),
+        "few_channels": Problem(8, 3, 64, 512, 512, kernel_size=(3, 7)),
+        "to_rgb": Problem(8, 64, 3, 512, 512, kernel_size=(3, 7)),
+        "one_image": Problem(1, 32, 32, 64, 64, kernel_size=(3, 7)),
+        "odd_sizes": Problem(7, 37, 53, 97, 131, kernel_size=(3, 7)),
+        "wide_kernel": Problem(4, 64, 64, 256, 256, kernel_size=7, padding=3),
+    }
+)
+
+#: What the curves of the part ``growth`` start from; each changes one thing.
+_BASE = Problem(8, 32, 32, 128, 128, kernel_size=(3, 7))
+
+_KERNELS = ((1, 1), (1, 3), (3, 3), (3, 5), (3, 7), (5, 5), (5, 9), (7, 7), (11, 11))
+
+_GEMM_SIDE = 8192
+_COPY_BYTES = 2**30
+_FMA_ROUNDS = 2000  # some 17 ms on an H200
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What measures.
+
+    Attributes
+    ----------
+    device
+        Where the tensors are: ``"cuda"``.
+    clock
+        Times runs.
+    sampler
+        Reads the GPU's sensors meanwhile, or None.
+    peak_bytes
+        Runs a function that returns its output; returns the bytes that it allocated meanwhile
+        beyond the output.
+    """
+
+    device: str
+    clock: Clock
+    sampler: Sampler | None
+    peak_bytes: Callable[[Callable[[], object]], int]
+
+
+def _peak_bytes(function: Callable[[], object]) -> int:
+    """Return what `function` allocates beyond its output, in bytes, by PyTorch's allocator."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    output = function()
+    torch.cuda.synchronize()
+    beyond = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    del output  # it was counted on both sides, as were the inputs
+    return beyond
+
+
+def _release(device: str) -> None:
+    """Give cached memory back: cuDNN chooses among the algorithms whose workspace fits."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Step(Protocol):
+    """Told what is done next, for a progress bar."""
+
+    def __call__(self, what: str) -> object:
+        """Take note of `what`."""
+        ...
+
+
+def _silent(what: str) -> None:
+    pass
+
+
+# ---- Ceilings ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Something whose rate is a ceiling.
+
+    Attributes
+    ----------
+    name
+        One of `records.CEILINGS`, which has the unit of the work.
+    work
+        Of one run.
+    prepare
+        Allocates what is needed; returns what runs it once.
+    settings
+        Makes the context to run in.
+    """
+
+    name: str
+    work: int
+    prepare: Callable[[], Callable[[], object]]
+    settings: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+#: Of kernels/fma_rate.cu: threads of a block, chains of a thread, steps of a round.
+_FMA_THREADS, _FMA_CHAINS, _FMA_STEPS = 256, 16, 64
+
+
+def fma_workload(
+    multiprocessors: int,
+    threads: int,
+    rounds: int = _FMA_ROUNDS,
+    backend: BackendName = "gpu",
+    device: str = "cuda",
+) -> Workload:
+    """Return the micro-benchmark of kernels/fma_rate.cu, with all the threads that an SM takes.
+
+    Parameters
+    ----------
+    multiprocessors
+        SMs of the GPU.
+    threads
+        That an SM takes at a time.
+    rounds
+        Of a thread's loop.
+    backend
+        To compile for.
+    device
+        Where the result is.
+    """
+    source = (KERNEL_FOLDER / "fma_rate.cu").read_text()
+    blocks = multiprocessors * max(1, threads // _FMA_THREADS)
+
+    def prepare() -> Callable[[], object]:
+        program = compile_source(source, backend, name="fma_rate")
+        result = torch.zeros(blocks * _FMA_THREADS, device=device)
+        array = Array.of("result", result, written=True)
+        factor, addend = ctypes.c_float(0.5), ctypes.c_float(1.0)  # every chain tends to 2
+        numbers = factor, addend, ctypes.c_int(rounds), ctypes.c_int(blocks)
+        return partial(program.call, "fma_rate", array, *numbers)
+
+    fmas = blocks * _FMA_THREADS * rounds * _FMA_STEPS * _FMA_CHAINS
+    return Workload("fp32_fma", 2 * fmas, prepare)
+
+
+def _copy_workload(l2_bytes: int, device: str = "cuda") -> Workload:
+    size = max(_COPY_BYTES, 8 * l2_bytes)
+
+    def prepare() -> Callable[[], object]:
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        return partial(torch.empty_like(source).copy_, source)
+
+    return Workload("copy", 2 * size, prepare)
+
+
+def _gemm_workload(
+    name: str, dtype: torch.dtype, allow_tf32: bool, side: int = _GEMM_SIDE, device: str = "cuda"
+) -> Workload:
+    def prepare() -> Callable[[], object]:
+        generator = torch.Generator(device).manual_seed(0)
+        a, b = (
+            torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2)
+        )
+        out = torch.empty(side, side, dtype=dtype, device=device)
+        return partial(torch.matmul, a, b, out=out)
+
+    return Workload(name, 2 * side**3, prepare, partial(_matmul_tf32, allow_tf32))
+
+
+@contextmanager
+def _matmul_tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _workloads(properties: Any) -> dict[str, Workload | None]:
+    """Return what gives each ceiling on the current GPU; None where it has no such units."""
+    has_ampere_types = properties.major >= 8  # TF32 and bfloat16
+    gemm = _gemm_workload
+    found = {
+        "fp32_fma": fma_workload(
+            properties.multi_processor_count, properties.max_threads_per_multi_processor
+        ),
+        "copy": _copy_workload(properties.L2_cache_size),
+        "gemm_float32": gemm("gemm_float32", torch.float32, allow_tf32=False),
+        "gemm_tf32": gemm("gemm_tf32", torch.float32, allow_tf32=True),
+        "gemm_float16": gemm("gemm_float16", torch.float16, allow_tf32=False),
+        "gemm_bfloat16": gemm("gemm_bfloat16", torch.bfloat16, allow_tf32=False),
+    }
+    newer = ("gemm_tf32", "gemm_bfloat16")
+    return {n: w if has_ampere_types or n not in newer else None for n, w in found.items()}
+
+
+def measure_ceilings(
+    workloads: Mapping[str, Workload | None], tools: Instruments, on_step: Step = _silent
+) -> Iterator[tuple[str, Ceiling | None]]:
+    """Measure rates, one after the other.
+
+    Parameters
+    ----------
+    workloads
+        By name; None for a ceiling that the GPU does not have.
+    tools
+        What measures.
+    on_step
+        Told each name.
+
+    Yields
+    ------
+    (str, Ceiling or None)
+        A name and its ceiling.
+    """
+    for name, workload in workloads.items():
+        on_step(name)
+        if workload is None:
+            yield name, None
+            continue
+        with workload.settings():
+            run = workload.prepare()
+            cold = median_times({name: run}, tools.clock)[name]
+            sustained = sustained_time(run, cold.median, tools.clock, tools.sampler)
+        del run
+        _release(tools.device)
+        yield name, Ceiling(workload.work, CEILINGS[name], cold, sustained)
+
+
+# ---- Stages and PyTorch on one problem -----------------------------------------------------------
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to judge and time: a row before it is measured.
+
+    Attributes
+    ----------
+    row
+        Its name, kind and settings; nothing measured.
+    function
+        Called as ``torch.nn.functional.conv_transpose2d`` is.
+    """
+
+    row: Row
+    function: Callable[..., torch.Tensor]
+
+    @property
+    def form(self) -> tuple[str, str]:
+        """The dtype and memory format of its inputs."""
+        return self.row.dtype, self.row.memory_format
+
+    def settings(self) -> AbstractContextManager[object]:
+        """Return the context to run it in: PyTorch's switches; cuDNN takes its fastest."""
+        if self.row.kind == "stage":
+            return nullcontext()
+        return torch.backends.cudnn.flags(
+            enabled=True, benchmark=True, allow_tf32=bool(self.row.allow_tf32)
+        )
+
+
+def stage_candidates(names: Sequence[str] | None = None) -> list[Candidate]:
+    """Return the stages called `names`; the whole registry, in order, if None."""
+    return [
+        Candidate(Row(name, "stage", "float32", "contiguous", None, "ok"), stages[name])
+        for name in (stages if names is None else names)
+    ]
+
+
+def pytorch_candidates(names: Sequence[str] = tuple(PYTORCH_ROWS)) -> list[Candidate]:
+    """Return PyTorch's operator in the forms called `names`."""
+    return [
+        Candidate(Row(name, "pytorch", *PYTORCH_ROWS[name], "ok"), F.conv_transpose2d)
+        for name in names
+    ]
+
+
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _converted(inputs: _Inputs, dtype: str, memory_format: str) -> _Inputs:
+    x, weight, bias = inputs
+    form = dict(dtype=_DTYPES[dtype], memory_format=_FORMATS[memory_format])
+    return x.to(**form), weight.to(**form), None if bias is None else bias.to(_DTYPES[dtype])
+
+
+def measure_problem(
+    problem: Problem,
+    inputs: _Inputs,
+    candidates: Sequence[Candidate],
+    tools: Instruments,
+    images: Sequence[int] | None = None,
+    sustained: bool = True,
+    on_step: Step = _silent,
+) -> tuple[Row, ...]:
+    """Judge every candidate, then time those that may be.
+
+    Parameters
+    ----------
+    problem
+        The shapes.
+    inputs
+        x [N, C_in, H, W], weight [C_in, C_out/groups, KH, KW] and bias, float32, on the device.
+    candidates
+        What to measure. A stage that is wrong is not timed; PyTorch is timed if it ran.
+    tools
+        What measures.
+    images
+        Which images to judge, where all would take too long (that no output is NaN is then seen to
+        in the others). All if None.
+    sustained
+        Whether to time back to back too.
+    on_step
+        Told what is done next.
+
+    Returns
+    -------
+    tuple of Row
+        In the order of `candidates`.
+    """
+    on_step("float64")
+    x, weight, bias = inputs
+    truth = exact(x if images is None else x[list(images)], weight, bias, **problem.arguments)
+    forms: dict[tuple[str, str], _Inputs] = {}
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    rows: dict[str, Row] = {}
+    for candidate in candidates:
+        name = candidate.row.name
+        on_step(f"judging {name}")
+        try:
+            if candidate.form not in forms:
+                forms[candidate.form] = _converted(inputs, *candidate.form)
+            calls[name] = partial(candidate.function, *forms[candidate.form], **problem.arguments)
+            rows[name] = _judged(candidate, calls[name], truth, images)
+        except Exception as error:
+            rows[name] = _failed(candidate.row, error)
+    del truth
+    _release(tools.device)
+
+    chosen = {c.row.name: c for c in candidates if rows[c.row.name].status == "ok"}
+    for name, candidate in list(chosen.items()):
+        on_step(f"memory of {name}")
+        try:
+            with candidate.settings():
+                calls[name]()  # for cuDNN's choice, which takes memory too
+                rows[name] = replace(rows[name], peak_bytes=tools.peak_bytes(calls[name]))
+        except RuntimeError as error:
+            rows[name] = _failed(rows[name], error)
+            del chosen[name]
+
+    colds = _cold(chosen, calls, rows, tools, on_step)
+    for name, cold in colds.items():
+        rows[name] = replace(rows[name], cold=cold)
+        if not sustained:
+            continue
+        on_step(f"sustained {name}")
+        try:
+            with chosen[name].settings():
+                time_ = sustained_time(calls[name], cold.median, tools.clock, tools.sampler)
+            rows[name] = replace(rows[name], sustained=time_)
+        except RuntimeError as error:
+            rows[name] = _failed(rows[name], error)
+    return tuple(rows.values())
+
+
+def _judged(
+    candidate: Candidate,
+    call: Callable[[], torch.Tensor],
+    exact_result: Any,
+    images: Sequence[int] | None,
+) -> Row:
+    is_stage = candidate.row.kind == "stage"
+    with candidate.settings(), poisoned() if is_stage else nullcontext():
+        output = call()
+    errors = judge(output if images is None else output[list(images)], exact_result)
+    if images is not None and output.isnan().any().item():
+        errors = replace(errors, relative_l2=math.inf, condition=math.inf)
+    kept = RowErrors(errors.relative_l2, errors.condition, errors.gate)
+    wrong = is_stage and not errors.is_right
+    return replace(candidate.row, status="wrong" if wrong else "ok", errors=kept)
+
+
+def _failed(row: Row, error: Exception) -> Row:
+    """Return the row of what raised; a traceback would keep the tensors alive."""
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    return replace(row, status="failed", failure=message[:500], cold=None, sustained=None)
+
+
+def _cold(
+    chosen: dict[str, Candidate],
+    calls: Mapping[str, Callable[[], torch.Tensor]],
+    rows: dict[str, Row],
+    tools: Instruments,
+    on_step: Step,
+) -> dict[str, Timing]:
+    """Time cold runs in interleaved rounds; whatever fails is left out and the rest done again."""
+    while chosen:
+        running = ""
+
+        def run(name: str, candidate: Candidate) -> object:
+            nonlocal running
+            running = name
+            with candidate.settings():
+                return calls[name]()
+
+        functions = {name: partial(run, name, candidate) for name, candidate in chosen.items()}
+        try:
+            return median_times(functions, tools.clock, lambda name: on_step(f"cold {name}"))
+        except RuntimeError as error:
+            rows[running] = _failed(rows[running], error)
+            del chosen[running]
+    return {}
+
+
+# ---- Growth --------------------------------------------------------------------------------------
+
+
+def growth_candidates(count: int = 3) -> list[Candidate]:
+    """Return what the curves compare: the last stages, of which the fastest counts, and cuDNN.
+
+    The stages compute in float32 and are compared with PyTorch in float32. An early stage is not
+    worth its time here: the ladder is ordered by speed, nearly.
+
+    Parameters
+    ----------
+    count
+        How many stages, or all if there are fewer.
+    """
+    return stage_candidates(list(stages)[-count:]) + pytorch_candidates((BASELINE,))
+
+
+def growth_problems() -> dict[str, tuple[tuple[int, Problem], ...]]:
+    """Return the points of each curve: the value on its axis, ascending, and the problem."""
+
+    def doubling(first: int, last: int, *names: str) -> tuple[tuple[int, Problem], ...]:
+        values = [first << i for i in range((last // first).bit_length())]
+        return tuple((v, replace(_BASE, **dict.fromkeys(names, v))) for v in values)
+
+    return {
+        "batch": doubling(1, 64, "batch"),
+        "side": doubling(32, 2048, "height", "width"),
+        "channels": doubling(1, 256, "in_channels", "out_channels"),
+        "kernel_area": tuple(
+            (math.prod(kernel), replace(_BASE, kernel_size=kernel)) for kernel in _KERNELS
+        ),
+    }
+
+
+def _drawn(problem: Problem, seed: int, device: str) -> _Inputs:
+    """Draw inputs as `Problem.random_inputs` does, but on the device: some are gigabytes."""
+    generator = torch.Generator(device).manual_seed(seed)
+    terms = problem.in_channels // problem.groups * math.prod(problem.kernel_size)
+    x, weight = (
+        torch.randn(shape, generator=generator, device=device)
+        for shape in (problem.input_shape, problem.weight_shape)
+    )
+    return x, weight / math.sqrt(terms), None
+
+
+# ---- The run -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Machine:
+    """The GPU, and all that is measured with and on it."""
+
+    gpu: records.GPU
+    software: records.Software
+    tools: Instruments
+    workloads: Mapping[str, Workload | None]
+
+
+@dataclass
+class _Results:
+    """What was measured so far."""
+
+    ceilings: dict[str, Ceiling | None] = field(default_factory=dict)
+    shapes: list[Shape] = field(default_factory=list)
+    growth: dict[str, list[Point]] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(part for part in PARTS if getattr(self, part))
+
+
+def _measure(part: str, machine: _Machine, names: Sequence[str], seed: int, results: _Results):
+    """Measure one part; what is finished is in `results` at any moment."""
+    tools = machine.tools
+    with _progress(part) as bar:
+
+        def on_step(what: str, prefix: str = "") -> None:
+            bar.set_postfix_str(f"{prefix}{what}")
+            bar.update()
+
+        if part == "ceilings":
+            for name, ceiling in measure_ceilings(machine.workloads, tools, on_step):
+                results.ceilings[name] = ceiling
+        elif part == "shapes":
+            candidates = stage_candidates() + pytorch_candidates()
+            for name in names:
+                problem = SHAPES[name]
+                step = partial(on_step, prefix=f"{name}: ")
+                with _room_for(name, tools.device):
+                    drawn = partial(problem.random_inputs, seed, tools.device)
+                    rows = measure_problem(problem, drawn(), candidates, tools, on_step=step)
+                    results.shapes.append(Shape(name, problem, rows))
+        else:
+            for axis, points in growth_problems().items():
+                results.growth[axis] = []
+                for value, problem in points:
+                    name = records.point_name(axis, value)
+                    with _room_for(name, tools.device):
+                        rows = measure_problem(
+                            problem,
+                            _drawn(problem, seed, tools.device),
+                            growth_candidates(),
+                            tools,
+                            images=sorted({0, problem.batch - 1}),
+                            sustained=False,
+                            on_step=partial(on_step, prefix=f"{name}: "),
+                        )
+                        results.growth[axis].append(Point(name, problem, rows, value))
+
+
+@contextmanager
+def _room_for(name: str, device: str) -> Iterator[None]:
+    """Leave out a problem that the GPU's memory does not hold, and say so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        print(f"{name} is left out: it does not fit in the GPU's memory", file=sys.stderr)
+    _release(device)
+
+
+def _progress(what: str) -> tqdm:
+    """Return a progress bar on stderr, which is quiet where that is no terminal."""
+    return tqdm(desc=what, disable=None, leave=False, file=sys.stderr)
+
+
+@contextmanager
+def _current_gpu() -> Iterator[_Machine]:
+    """Describe the current CUDA device, and read its sensors as long as the context lasts."""
+    import convt_lab
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    uuid = str(getattr(properties, "uuid", "")) or None
+    uuid = uuid if uuid is None or uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+    facts = gpu_facts(["power.limit", "clocks.max.sm", "driver_version"], uuid)
+    power, clock, driver = facts.values()
+    version = torch.backends.cudnn.version() or 0
+    with Sampler(uuid) as sampler:
+        yield _Machine(
+            gpu=records.GPU(
+                name=properties.name,
+                compute_capability=(properties.major, properties.minor),
+                multiprocessors=properties.multi_processor_count,
+                memory_bytes=properties.total_memory,
+                l2_bytes=properties.L2_cache_size,
+                power_limit_watts=_positive(power),
+                max_sm_clock_mhz=_positive(clock),
+                driver=driver,
+            ),
+            software=records.Software(
+                convt_lab=convt_lab.__version__,
+                torch=torch.__version__,
+                cuda=torch.version.cuda or "none",
+                cudnn=f"{version // 10000}.{version // 100 % 100}.{version % 100}",
+            ),
+            tools=Instruments("cuda", EventClock(), sampler, _peak_bytes),
+            workloads=_workloads(properties),
+        )
+
+
+def _positive(text: str | None) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _meaning(machine: _Machine) -> dict[str, str]:
+    sampler = machine.tools.sampler
+    power = sampler.power_field if sampler else "nothing"
+    return {
+        "cold": "median of single runs by CUDA events, the L2 cache flushed before each, after "
+        "warm-ups, in interleaved rounds with the problem's other rows; fewer runs of what takes "
+        "longer than 50 ms",
+        "sustained": f"one run's share of at least {SUSTAINED_SECONDS:g} s back to back by CUDA "
+        "events, nothing flushed",
+        "enqueue_seconds": "what Python takes to enqueue one run; where it is about as long as the "
+        "run, the GPU waited for it",
+        "sensors": f"clocks.sm, {power} and temperature.gpu of nvidia-smi, during sustained",
+        "condition": "max|error| / (2^-24 * (|x| conv |w| + |b|)) against float64; a right float32 "
+        "result has at most the gate",
+        "pytorch": "torch.nn.functional.conv_transpose2d with torch.backends.cudnn.benchmark=True; "
+        "torch.backends.cudnn.allow_tf32 as said; not gated",
+        "peak_bytes": "one call's memory beyond inputs and output, by PyTorch's allocator",
+        "shapes": "inputs of Problem.random_inputs(seed), every output judged",
+        "growth": "inputs drawn on the GPU; the first and the last image judged",
+        "gemm": f"torch.matmul, {_GEMM_SIDE} x {_GEMM_SIDE} x {_GEMM_SIDE}, normal values",
+        "copy": "Tensor.copy_ on the device, bytes read plus bytes written",
+    }
+
+
+class _Terminated(KeyboardInterrupt):
+    """The process was asked to end."""
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Let SIGTERM be an interrupt, so that what was measured is kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def bench(
+    parts: Sequence[str] | None = None,
+    problems: Sequence[str] | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    older: Path | None = None,
+) -> int:
+    """Measure, print the tables and write the record.
+
+    Parameters
+    ----------
+    parts
+        Some of `records.PARTS`; all if None.
+    problems
+        Some of `SHAPES`; all if None. With names and no `parts` only the shapes are measured.
+    out
+        The file to write. If None, a whole run writes the GPU's record and one of some parts or
+        problems writes nothing.
+    seed
+        Of the random inputs.
+    older
+        A record to compare the ratios with.
+
+    Returns
+    -------
+    int
+        The exit status: 0, or 1 if a stage is wrong or a part was not finished.
+
+    Raises
+    ------
+    BuildError
+        If there is no GPU, or no nvcc.
+    ProblemError
+        If there is no problem or part of a name.
+    RecordError
+        If `older` is no record.
+    OSError
+        If `older` can't be read, or the place of the record not be written.
+    """
+    is_whole = parts is None and problems is None
+    parts = _chosen_parts(parts, problems)
+    names = tuple(SHAPES) if problems is None else tuple(dict.fromkeys(problems))
+    for name in names:
+        if name not in SHAPES:
+            raise ProblemError(f"problem {name!r}: must be one of {', '.join(map(repr, SHAPES))}")
+    known = None if older is None else records.load(older)
+    _require_gpu()
+
+    began = time.monotonic()
+    results = _Results()
+    with _termination_interrupts(), _current_gpu() as machine:
+        path = out
+        if path is None and is_whole:
+            path = records.FOLDER / f"{records.slug(machine.gpu.name)}.json"
+        if path is not None:
+            _require_writable(path.parent)
+
+        def record() -> Record:
+            return Record(
+                gpu=machine.gpu,
+                software=machine.software,
+                date=date.today().isoformat(),
+                seed=seed,
+                seconds=time.monotonic() - began,
+                parts=results.parts,
+                meaning=_meaning(machine),
+                ceilings=Ceilings(results.ceilings),
+                shapes=tuple(results.shapes),
+                growth={axis: tuple(points) for axis, points in results.growth.items()},
+            )
+
+        part = ""
+        try:
+            for part in parts:
+                _measure(part, machine, names, seed, results)
+        except BaseException as error:
+            unfinished = record()
+            _keep(unfinished, path, part)
+            if isinstance(error, BuildError) or not isinstance(error, Exception):
+                raise
+            print(tables(unfinished))
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"\n{part} was not finished: {message}")
+            return 1
+        finished = record()
+
+    print(tables(finished))
+    if path is not None:
+        try:
+            records.save(finished, path)
+        except records.RecordError:  # a mistake of ours: minutes on a GPU are not lost for it
+            _keep(finished, path, "the record")
+            raise
+        _partial(path).unlink(missing_ok=True)
+    if known is not None:
+        print(f"\n{comparison(compare(finished, known), str(older))}")
+    wrong = _wrong_rows(finished)
+    print(
+        f"\nmeasured in {finished.seconds:.0f} s; " + (f"wrote {path}" if path else "not written")
+    )
+    if wrong:
+        print(f"wrong: {'; '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+def _chosen_parts(parts: Sequence[str] | None, problems: Sequence[str] | None) -> tuple[str, ...]:
+    if parts is None:
+        return PARTS if problems is None else ("shapes",)
+    for part in parts:
+        if part not in PARTS:
+            raise ProblemError(f"part {part!r}: must be one of {', '.join(map(repr, PARTS))}")
+    if problems is not None and "shapes" not in parts:
+        raise ProblemError(
+            f"problems are named but parts={','.join(parts)} leaves out shapes: add it"
+        )
+    return tuple(part for part in PARTS if part in parts)
+
+
+def _require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise BuildError(
+            "torch sees no CUDA device, and the simulator has no times to measure; see "
+            "`python -m convt_lab doctor`"
+        )
+    if find_toolkit() is None:
+        raise BuildError("no nvcc to build the stages with; see `python -m convt_lab doctor`")
+
+
+def _require_writable(folder: Path) -> None:
+    """Find out before the measurement, not after it, that its result can't be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _keep(record: Record, path: Path | None, part: str) -> None:
+    """Write what there is beside the record's place, and say so."""
+    if path is None or not record.parts:
+        return
+    records.write_text(_partial(path), records.as_text(record))
+    print(
+        f"{part} was not finished; {', '.join(record.parts)} as far as measured: {_partial(path)}",
+        file=sys.stderr,
+    )
+
+
+def _wrong_rows(record: Record) -> list[str]:
+    curves = [point for points in record.growth.values() for point in points]
+    return [
+        f"{row.name} on {shape.name}" + (f" ({row.failure})" if row.failure else "")
+        for shape in (*record.shapes, *curves)
+        for row in shape.rows
+        if row.kind == "stage" and not row.is_right
+    ]
+
+
+# ---- Two records ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row's cold median over that of cuDNN float32, in two records.
+
+    Attributes
+    ----------
+    shape, row
+        Which.
+    new, old
+        The ratios.
+    """
+
+    shape: str
+    row: str
+    new: float
+    old: float
+
+    @property
+    def percent(self) -> float:
+        """By how much the new ratio is larger, in percent of the old one."""
+        return 100 * (self.new / self.old - 1)
+
+
+def compare(new: Record, old: Record) -> tuple[Change, ...]:
+    """Compare what does not depend on the clock: each row's ratio to cuDNN float32.
+
+    Parameters
+    ----------
+    new, old
+        Two records.
+
+    Returns
+    -------
+    tuple of Change
+        One for each row that both have times of, on a shape of the same name and problem.
+    """
+    before = {shape.name: shape for shape in old.shapes}
+    changes = []
+    for shape in new.shapes:
+        other = before.get(shape.name)
+        if other is None or other.problem != shape.problem:
+            continue
+        old_ratios = _ratios(other)
+        for row, ratio in _ratios(shape).items():
+            if row in old_ratios:
+                changes.append(Change(shape.name, row, ratio, old_ratios[row]))
+    return tuple(changes)
+
+
+def _ratios(shape: Shape) -> dict[str, float]:
+    """Return each row's cold time over the baseline's, without the baseline itself."""
+    seconds = {row.name: row.seconds() for row in shape.rows}
+    base = seconds.pop(BASELINE, None)
+    return {name: s / base for name, s in seconds.items() if s is not None} if base else {}
+
+
+def comparison(changes: Sequence[Change], name: str) -> str:
+    """Say how far the ratios of two records are apart; `name` is the older one's."""
+    if not changes:
+        return f"{name}: nothing to compare, no shape and row has times in both records"
+    largest = max(changes, key=lambda change: abs(change.percent))
+    middle = statistics.median(abs(change.percent) for change in changes)
+    return (
+        f"compared with {name}, time over {BASELINE}'s of {len(changes)} rows:\n"
+        f"largest difference {largest.percent:+.1f} %: {largest.row} on {largest.shape}, "
+        f"{largest.old:.4g} before, now {largest.new:.4g}; median difference {middle:.1f} %"
+    )
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+_LEGEND = f"""\
+cold: median of single runs, L2 flushed before each; sustained: one run's share of
+       {SUSTAINED_SECONDS:g} s back to back (* the GPU waited for Python)
+TFLOP/s: by the definition's operations over the cold time; % FMA: of the FP32 FMA rate
+x cuDNN: how many times as fast as {BASELINE}, cold
+condition error: max|error| / (2^-24 * (|x| conv |w| + |b|)) against float64"""
+
+
+def tables(record: Record) -> str:
+    """Return a record as text: the ceilings, a table for each shape, one for each curve."""
+    gpu, software = record.gpu, record.software
+    capability = ".".join(map(str, gpu.compute_capability))
+    parts = [
+        f"{gpu.name}, compute capability {capability}, {gpu.multiprocessors} SMs; "
+        f"PyTorch {software.torch}, CUDA {software.cuda}, cuDNN {software.cudnn}; "
+        f"seed {record.seed}"
+    ]
+    if record.ceilings:
+        parts.append(_ceiling_table(record))
+    parts += [_shape_table(record, shape) for shape in record.shapes]
+    if record.shapes:
+        parts.append(_LEGEND)
+    parts += [_growth_table(axis, points) for axis, points in record.growth.items()]
+    return "\n\n".join(parts)
+
+
+def _ceiling_table(record: Record) -> str:
+    lines = [["ceiling", "cold", "sustained", "", "SM clock", "power"]]
+    for name, ceiling in record.ceilings.items():
+        if ceiling is None:
+            lines.append([name, *["-"] * 5])
+            continue
+        rates = [f"{ceiling.rate(how) / 1e12:.4g}" for how in ("cold", "sustained")]
+        unit = {"FLOP": "TFLOP/s", "byte": "TB/s"}[ceiling.unit]
+        lines.append([name, *rates, unit, *_load_cells(ceiling.sustained.load)])
+    return _aligned(lines, left=(0, 3))
+
+
+def _load_cells(load: Load) -> list[str]:
+    clock, power = load.sm_clock_mhz, load.power_watts
+    return [
+        "-" if clock is None else f"{clock:.0f} MHz",
+        "-" if power is None else f"{power:.0f} W",
+    ]
+
+
+def _shape_table(record: Record, shape: Shape) -> str:
+    problem = shape.problem
+    lines = [
+        [
+            *("row", "cold", "sustained", "SM clock", "power", "TFLOP/s", "x cuDNN", "% FMA"),
+            *("rel. L2 error", "condition error", "memory", ""),
+        ]
+    ]
+    for row in shape.rows:
+        tflops, speedup = shape.tflops(row.name), shape.speedup(row.name)
+        share = record.share_of_fma(shape.name, row.name)
+        sustained = _milliseconds(row.seconds("sustained"))
+        if row.sustained and row.sustained.is_host_bound:
+            sustained += "*"
+        lines.append(
+            [
+                row.name,
+                _milliseconds(row.seconds()),
+                sustained,
+                *_load_cells(row.sustained.load if row.sustained else Load()),
+                "-" if tflops is None else f"{tflops:.4g}",
+                "-" if speedup is None else f"{speedup:.2f}",
+                "-" if share is None else f"{100 * share:.1f}",
+                *_error_cells(row),
+                "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB",
+                _verdict(row),
+            ]
+        )
+    arguments = ", ".join(f"{key}={value}" for key, value in problem.arguments.items())
+    title = (
+        f"{shape.name}: input {list(problem.input_shape)}, weight {list(problem.weight_shape)}, "
+        f"output {list(problem.output_shape)}\n{arguments}; {problem.flops / 1e9:.4g} GFLOP"
+    )
+    return f"{title}\n{_aligned(lines, left=(0, 11))}"
+
+
+def _error_cells(row: Row) -> list[str]:
+    if row.errors is None:
+        return ["-", "-"]
+    return [f"{row.errors.relative_l2:.2e}", f"{row.errors.condition:.2f}"]
+
+
+def _verdict(row: Row) -> str:
+    if row.status == "failed":
+        return f"FAILED: {row.failure.partition(':')[0]}"
+    if row.kind == "pytorch":
+        return ""
+    return "ok" if row.is_right else "WRONG"
+
+
+def _growth_table(axis: str, points: Sequence[Point]) -> str:
+    lines = [[axis, "fastest stage", "ns/pixel", "memory", BASELINE, "memory", "x cuDNN"]]
+    for point in points:
+        best = point.best
+        other = next((row for row in point.rows if row.name == BASELINE), None)
+        speedup = best and point.speedup(best.name)
+        lines.append(
+            [
+                str(point.value),
+                best.name if best else "-",
+                *_growth_cells(point, best),
+                *_growth_cells(point, other),
+                f"{speedup:.2f}" if speedup else "-",
+            ]
+        )
+    return _aligned(lines, left=(1,))
+
+
+def _growth_cells(point: Point, row: Row | None) -> list[str]:
+    seconds = point.seconds_per_pixel(row)
+    peak = row and row.peak_bytes
+    return [
+        "-" if seconds is None else f"{1e9 * seconds:.4g}",
+        "-" if peak is None else f"{peak / 2**20:.1f} MiB",
+    ]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.4g} ms"
+
+
+def _aligned(lines: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Return lines of cells as columns; those in `left` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
