@@ -46,14 +46,18 @@ class TestFiles:
         assert path.read_text() == "before"
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_what_was_there_outlives_a_failed_write(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("step", ["write", "rename"])
+    def test_what_was_there_outlives_a_failed_write(self, tmp_path, monkeypatch, step):
         path = tmp_path / "a.json"
         records.save(RECORD, path)
 
-        def full(descriptor):
+        def full(*arguments):
             raise OSError("no space left")
 
-        monkeypatch.setattr(records.os, "fsync", full)
+        if step == "write":
+            monkeypatch.setattr(records.os, "fsync", full)
+        else:
+            monkeypatch.setattr(records.Path, "replace", full)
         with pytest.raises(OSError, match="no space left"):
             records.save(record(seed=5), path)
         assert records.load(path) == RECORD
