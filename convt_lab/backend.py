@@ -30,8 +30,11 @@ _FIRST_ERROR = re.compile(rf"{re.escape(SOURCE_NAME)}[:(](\d+)[):].*?error")
 
 
 def kernel_headers() -> list[Path]:
-    """Return the headers that every kernel may include: a part of every build's key."""
-    return sorted(KERNEL_FOLDER.glob("*.cuh"))
+    """Return the files that every kernel may include: a part of every build's key.
+
+    A stage includes the one before it for what it leaves to it.
+    """
+    return sorted([*KERNEL_FOLDER.glob("*.cuh"), *KERNEL_FOLDER.glob("*.cu")])
 
 
 def compile_error(compiler: str, output: str) -> CompileError:

@@ -266,6 +266,7 @@ stages: Mapping[str, Stage] = MappingProxyType(
             Stage("coalesced", "Lanes run along the output's width; only the taps that count."),
             Stage("shared_tiled", "A block fetches its inputs once, into shared memory."),
             Stage("register_blocked", "Each thread keeps a block of outputs in registers."),
+            Stage("winograd", "Two rows of outputs from four products in place of six."),
         )
     }
 )

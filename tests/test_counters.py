@@ -147,19 +147,55 @@ def test_shared_tiled_by_hand(name):
     assert total(report, "requests", **loads) == fetched * planes
 
 
-def test_register_blocked_by_hand():
-    """3x7: two tiles of 16 rows, one of 40 columns, 32 channels; eight input channels.
+def loads_of_vectors(report):
+    """Return the sites of loads of 16 bytes a lane from shared memory."""
+    loads = [s for s in report.sites if (s.space, s.op) == ("shared", "load")]
+    return [s for s in loads if s.bytes_requested == 16 * s.active_lanes]
 
-    For each input channel and row of taps a warp loads a window of 28 inputs, 7 vectors that differ
+
+def test_register_blocked_by_hand():
+    """3x7: tiles of the flat axis for 8 channels, the four warps side by side along it.
+
+    For each input channel and row of taps a warp loads a window of 20 inputs, 5 vectors that differ
     from lane to lane (4 wavefronts), and 7 x 8 weights, 14 vectors that do not (2, one a half
     warp).
     """
-    report = profile("register_blocked", "star_small")
-    warps, rows_of_taps = 2 * 4, 8 * 3
-    assert report.fma == warps * 32 * rows_of_taps * 7 * 20 * 8
-    vectors = next(s for s in report.sites if (s.space, s.op) == ("shared", "load"))
-    assert vectors.requests == warps * rows_of_taps * (7 + 14)
-    assert vectors.wavefronts == warps * rows_of_taps * (7 * 4 + 14 * 2)
+    problem, report = lab.Problem.named("star_small"), profile("register_blocked", "star_small")
+    assert problem.out_channels == 8
+    pitch = -(-problem.out_width // 4) * 4
+    tiles = -(-(problem.out_height * pitch + 2) // (4 * 32 * 12))  # 2: to an aligned input
+    warps, rows_of_taps = tiles * 4, problem.in_channels * 3
+    assert report.fma == warps * 32 * rows_of_taps * 7 * 12 * 8
+    vectors = loads_of_vectors(report)
+    assert sum(s.requests for s in vectors) == warps * rows_of_taps * (5 + 14)
+    assert sum(s.wavefronts for s in vectors) == warps * rows_of_taps * (5 * 4 + 14 * 2)
+    stores = [s for s in report.sites if (s.space, s.op, s.buffer) == ("global", "store", "output")]
+    assert sum(s.active_lanes for s in stores) == np.prod(problem.output_shape)
+
+
+def test_winograd_by_hand():
+    """Four products for two rows: pairs of rows on the flat axis, 160 pixels and 8 x 4 channels.
+
+    For each input channel a warp loads two windows of 28 inputs, 7 vectors each, and 14 vectors of
+    weights. A vector of the first window is another for each lane (4 wavefronts); in the second
+    products 0 and 1, a half warp, want the same (1 + 2). Of the weights each half warp wants two
+    vectors, from different banks (1 + 1).
+    """
+    problem = lab.Problem(1, 16, 32, 15, 24, kernel_size=(3, 7))
+    x, weight, bias = problem.random_inputs()
+    report = lab.stages["winograd"].profile(x, weight, bias, **problem.arguments)
+    pairs, pitch = -(-problem.out_height // 2), -(-problem.out_width // 4) * 4
+    tiles = -(-(pairs * pitch + 2) // 320)
+    channels_of_warps = tiles * 8 * problem.in_channels
+    sums = channels_of_warps * 32 * (7 * 20 * 8 + 28)  # and the windows' own additions
+    columns = tiles * problem.in_channels * 32 * 7
+    assert report.fma == sums
+    vectors = loads_of_vectors(report)
+    assert sum(s.requests for s in vectors) == channels_of_warps * (7 + 7 + 14)
+    assert sum(s.wavefronts for s in vectors) == channels_of_warps * (7 * 4 + 7 * 3 + 14 * 2)
+    weights = [s for s in report.sites if s.buffer == "weight"]
+    assert sum(s.active_lanes for s in weights) == 3 * columns
+    assert report.hazards == ()
 
 
 def test_register_blocked_general_by_hand():

@@ -74,6 +74,12 @@ inline Axis columns_of(const ConvTransposeProblem& p) {
   return make_axis(p.width, p.out_width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
 }
 
+// An axis with stride and dilation 1.
+__host__ __device__ __forceinline__ Axis unit_axis(int size, int out_size, int kernel,
+                                                   int padding) {
+  return {size, out_size, kernel, 1, padding, 1, 1, 1, 1, 0};
+}
+
 // The residue class of output o, whether or not its inputs lie inside the image.
 __device__ __forceinline__ Taps taps_of_class(const Axis& axis, int o) {
   const int shifted = o + axis.padding;

@@ -17,7 +17,7 @@
 constexpr int TILE_H = 8;
 constexpr int TILE_W = 32;
 constexpr int THREADS = TILE_H * TILE_W;
-constexpr int CHUNK_CI = 8;                   // input channels in shared memory, at most
+constexpr int CHUNK_CI = 16;                  // input channels in shared memory, at most
 constexpr int SHARED_FLOATS = 48 * 1024 / 4;  // what every architecture gives a block unasked
 static_assert(TILE_W == 32, "a warp's lanes must lie in one row");
 
@@ -62,12 +62,13 @@ __device__ __forceinline__ int taps_before(const Taps& taps, const Axis& axis, i
   return k <= taps.k ? 0 : min(taps.count, (k - taps.k - 1) / axis.k_step + 1);
 }
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
     shared_tiled_kernel(const float* __restrict__ input, const float* __restrict__ weight,
                         const float* __restrict__ bias, float* __restrict__ output,
                         ConvTransposeProblem p, Axis rows, Axis columns, int tiles_h, int tiles_w,
                         Chunk chunk) {
   extern __shared__ float shared[];
+  const int halo_size = chunk.halo_h * chunk.halo_w;
   float* const tile_x = shared;                         // [chunk.ci, halo_h, halo_w]
   float* const tile_w = shared + chunk.input_floats();  // [chunk.ci, chunk.kh, chunk.kw]
 
@@ -104,23 +105,30 @@ __global__ void __launch_bounds__(THREADS)
         const int chunk_kw = min(chunk.kw, p.kernel_w - kw0);
         const int first_w = first_input(columns, first_ow, kw0 + chunk_kw - 1);
 
-        // Halo values outside the image are never read, so they need no zeros.
-        for (int row = threadIdx.y; row < chunk_ci * chunk.halo_h; row += TILE_H) {
-          const int ci = ci0 + row / chunk.halo_h;
-          const int h = first_h + row % chunk.halo_h;
+        // A warp copies every TILE_H-th row. Halo values outside the image are never read, so they
+        // need no zeros.
+        int ci = ci0, row = threadIdx.y;
+        for (float* to = tile_x + row * chunk.halo_w; to < tile_x + chunk_ci * halo_size;
+             to += TILE_H * chunk.halo_w) {
+          for (; row >= chunk.halo_h; row -= chunk.halo_h) ++ci;
+          const int h = first_h + row;
+          row += TILE_H;
           if (h < 0 || h >= p.height) continue;
-          const float* x = planes + ci * plane_size + static_cast<int64_t>(h) * p.width;
+          const float* x = planes + ci * plane_size + static_cast<int64_t>(h) * p.width + first_w;
+#pragma unroll 1
           for (int column = threadIdx.x; column < chunk.halo_w; column += TILE_W) {
             const int w = first_w + column;
-            if (w >= 0 && w < p.width) tile_x[row * chunk.halo_w + column] = x[w];
+            if (w >= 0 && w < p.width) to[column] = x[column];
           }
         }
-        for (int row = threadIdx.y; row < chunk_ci * chunk_kh; row += TILE_H) {
-          const int ci = row / chunk_kh, kh = row % chunk_kh;
-          const float* w = filters + static_cast<int64_t>(ci0 + ci) * group_out * filter_size +
-                           static_cast<int64_t>(kh0 + kh) * p.kernel_w + kw0;
-          for (int kw = threadIdx.x; kw < chunk_kw; kw += TILE_W) {
-            tile_w[(ci * chunk.kh + kh) * chunk.kw + kw] = w[kw];
+        for (int c = threadIdx.y; c < chunk_ci; c += TILE_H) {
+          const float* w = filters + static_cast<int64_t>(ci0 + c) * group_out * filter_size +
+                           static_cast<int64_t>(kh0) * p.kernel_w + kw0;
+          float* to = tile_w + c * chunk.kh * chunk.kw;
+          for (int kh = 0; kh < chunk_kh; ++kh) {
+            for (int kw = threadIdx.x; kw < chunk_kw; kw += TILE_W) to[kw] = w[kw];
+            to += chunk.kw;
+            w += p.kernel_w;
           }
         }
         __syncthreads();
@@ -129,22 +137,29 @@ __global__ void __launch_bounds__(THREADS)
         const int th_end = taps_before(vertical, rows, kh0 + chunk_kh);
         const int tw_begin = taps_before(horizontal, columns, kw0);
         const int tw_end = taps_before(horizontal, columns, kw0 + chunk_kw);
-        for (int ci = 0; ci < chunk_ci; ++ci) {
+        const int taps = tw_end - tw_begin;
+        const int first_row = vertical.i - th_begin * rows.i_step - first_h;
+        const int first_kh = vertical.k + th_begin * rows.k_step - kh0;
+        const float* x_of_ci =
+            tile_x + first_row * chunk.halo_w + horizontal.i - tw_begin * columns.i_step - first_w;
+        const float* w_of_ci =
+            tile_w + first_kh * chunk.kw + horizontal.k + tw_begin * columns.k_step - kw0;
+        for (int c = 0; c < chunk_ci; ++c) {
+          const float *x_of_row = x_of_ci, *w_of_row = w_of_ci;
           for (int th = th_begin; th < th_end; ++th) {
-            const int h = vertical.i - th * rows.i_step - first_h;
-            const int kh = vertical.k + th * rows.k_step - kh0;
-            const float* x = tile_x + (ci * chunk.halo_h + h) * chunk.halo_w + horizontal.i -
-                             tw_begin * columns.i_step - first_w;
-            const float* w = tile_w + (ci * chunk.kh + kh) * chunk.kw + horizontal.k +
-                             tw_begin * columns.k_step - kw0;
+            const float *x = x_of_row, *w = w_of_row;
+            const float* const w_end = w + taps * columns.k_step;
             // Not unrolled: lanes that take 4 taps and lanes that take 3 then stay together.
 #pragma unroll 1
-            for (int tw = tw_begin; tw < tw_end; ++tw) {
+            for (; w != w_end; w += columns.k_step) {
               sum = fmaf(*x, *w, sum);
               x -= columns.i_step;
-              w += columns.k_step;
             }
+            x_of_row -= rows.i_step * chunk.halo_w;
+            w_of_row += rows.k_step * chunk.kw;
           }
+          x_of_ci += halo_size;
+          w_of_ci += chunk.kh * chunk.kw;
         }
         __syncthreads();
       }

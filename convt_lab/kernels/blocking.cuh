@@ -1,0 +1,59 @@
+// Small pieces that the register-blocked kernels share.
+
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "problem.cuh"
+
+// Splits a block's number into the numbers of its tile, channels, image, ...
+__device__ __forceinline__ int take_digit(unsigned& index, int size) {
+  const int digit = index % size;
+  index /= size;
+  return digit;
+}
+
+__device__ __forceinline__ void copy_or_zero(float* shared, const float* global, bool inside) {
+  if (inside) {
+    __pipeline_memcpy_async(shared, global, sizeof(float));
+  } else {
+    *shared = 0.0f;
+  }
+}
+
+__device__ __forceinline__ void load_vector(float* registers, const float* shared) {
+  const float4 vector = *reinterpret_cast<const float4*>(shared);
+  registers[0] = vector.x;
+  registers[1] = vector.y;
+  registers[2] = vector.z;
+  registers[3] = vector.w;
+}
+
+__device__ __forceinline__ void store_vector(float* shared, const float* registers) {
+  *reinterpret_cast<float4*>(shared) =
+      make_float4(registers[0], registers[1], registers[2], registers[3]);
+}
+
+// The sum for one output, tap by tap: slow, and right where the kernels' ways are not (values that
+// are not finite). `planes` and `filters` begin at the output's image, group and channel.
+__device__ __forceinline__ float sum_of_taps(const float* __restrict__ planes,
+                                             const float* __restrict__ filters,
+                                             const ConvTransposeProblem& p, const Axis& rows,
+                                             const Axis& columns, int oh, int ow) {
+  const Taps vertical = taps_reaching(rows, oh), horizontal = taps_reaching(columns, ow);
+  const int64_t plane_size = static_cast<int64_t>(p.height) * p.width;
+  const int64_t filters_size =
+      static_cast<int64_t>(p.out_channels / p.groups) * p.kernel_h * p.kernel_w;
+  float sum = 0.0f;
+  for (int ci = 0; ci < p.in_channels / p.groups; ++ci) {
+    for (int th = 0; th < vertical.count; ++th) {
+      for (int tw = 0; tw < horizontal.count; ++tw) {
+        const int64_t h = vertical.i - th * rows.i_step, w = horizontal.i - tw * columns.i_step;
+        const int kh = vertical.k + th * rows.k_step, kw = horizontal.k + tw * columns.k_step;
+        sum = fmaf(planes[ci * plane_size + h * p.width + w],
+                   filters[ci * filters_size + kh * p.kernel_w + kw], sum);
+      }
+    }
+  }
+  return sum;
+}
