@@ -391,8 +391,9 @@ class Problem:
         """Return a problem by its name.
 
         ``"star"`` is the problem of this lab, level 1 #65 of KernelBench in its present form;
-        ``"classic"`` is the same with the sizes that it had until July 2025. The other two are
-        small enough for a simulator: ``"star_small"`` and, with a stride, ``"strided_small"``.
+        ``"classic"`` is the same with the sizes that it had until July 2025. The others
+        are small enough for a simulator: ``"star_small"``, ``"channels_small"`` with more channels,
+        and ``"strided_small"`` with a stride.
 
         Parameters
         ----------
@@ -583,6 +584,9 @@ _NAMED = {
     ),
     "star_small": Problem(
         batch=1, in_channels=8, out_channels=8, height=16, width=24, kernel_size=(3, 7)
+    ),
+    "channels_small": Problem(
+        batch=1, in_channels=16, out_channels=32, height=16, width=24, kernel_size=(3, 7)
     ),
     "strided_small": Problem(
         in_channels=8,

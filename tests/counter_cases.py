@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import convt_lab as lab
+from convt_lab.simulator.planning import readable_name
 from convt_lab.simulator.report import Report
 
 PATTERNS = """
@@ -95,7 +96,7 @@ PATTERN_CASES = [
     Pattern("half_of_the_lanes", (), 4),
 ]
 
-PROBLEMS = ["star_small", "strided_small"]
+PROBLEMS = ["star_small", "channels_small", "strided_small"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class StageCase:
 
     @property
     def kernel(self) -> str:
-        return f"{self.stage}_kernel"
+        (launch,) = lab.stages[self.stage].launches(lab.Problem.named(self.problem))
+        return readable_name(launch.symbol)
 
     def run(self, backend: str, trace: bool = False) -> Report | None:
         problem = lab.Problem.named(self.problem)

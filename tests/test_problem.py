@@ -341,7 +341,7 @@ def test_the_star():
 
 
 def test_named_problems():
-    assert Problem.names() == ("star", "classic", "star_small", "strided_small")
+    assert Problem.names() == ("star", "classic", "star_small", "channels_small", "strided_small")
     assert Problem.named("classic").input_shape == (16, 32, 128, 128)
     assert Problem.named("classic").weight_shape == (32, 64, 3, 7)
     assert Problem.named("star_small").input_shape == (1, 8, 16, 24)

@@ -34,14 +34,14 @@ METRICS = {
 
 #: Where a GPU counts otherwise than the source reads, and why.
 EXPLAINED = {
-    "shared_load_requests": "register_blocked: the GPU counts instructions issued, also those that "
-    "every lane of the warp skips (outputs that do not exist); the wavefronts, which only lanes "
-    "that take part cause, agree",
-    "shared_store_requests": "shared_tiled and register_blocked: the GPU also counts stores that "
-    "all lanes of a warp skip; and asynchronous copies write shared memory without a store "
-    "instruction, where the simulator counts a store",
-    "shared_store_wavefronts": "register_blocked: asynchronous copies write shared memory without "
-    "a store instruction, where the simulator counts a store",
+    "shared_load_requests": "register_blocked and winograd: the GPU counts instructions issued, "
+    "also those that every lane of the warp skips (outputs that do not exist); the wavefronts, "
+    "which only lanes that take part cause, agree",
+    "shared_store_requests": "shared_tiled, register_blocked and winograd: the GPU also counts "
+    "stores that all lanes of a warp skip; and asynchronous copies write shared memory without a "
+    "store instruction, where the simulator counts a store",
+    "shared_store_wavefronts": "register_blocked and winograd: asynchronous copies write shared "
+    "memory without a store instruction, where the simulator counts a store",
 }
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         raise SystemExit(f"ncu saw {len(rows)} launches of {len(CASES)}")
     counters = {}
     for case, row in zip(CASES, rows, strict=True):
-        if case.kernel not in row["Kernel Name"]:
+        if nsight_compute.function_name(case.kernel) not in row["Kernel Name"]:
             raise SystemExit(f"ncu saw {row['Kernel Name']} in place of {case.kernel}")
         counters[str(case)] = {
             name: int(value)

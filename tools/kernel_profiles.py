@@ -178,7 +178,7 @@ def profiles_of(
     profiles: dict[str, list[dict[str, Any]]] = {}
     for (case, kernel), row in zip(expected, rows, strict=True):
         seen = row.get("Kernel Name", "")
-        if kernel.partition("<")[0] not in seen:
+        if nsight_compute.function_name(kernel) not in seen:
             raise SystemExit(f"ncu saw {seen!r} in place of {kernel} ({case})")
         values = without_gaps({name: value(row, metric) for name, metric in chosen.items()})
         stalls = without_gaps({reason: value(row, stall_metric(reason)) for reason in reasons})
@@ -235,7 +235,7 @@ def profile(stages: Sequence[str], problems: Sequence[str]) -> dict[str, Any]:
     kernels = [kernel for case in cases for kernel in case.kernels]
     units, rows = nsight_compute.measure(
         all_metrics(),
-        [kernel.partition("<")[0] for kernel in kernels],
+        kernels,
         [sys.executable, __file__, "--launch", "--stages", *stages, "--problems", *problems],
         # The first round warms up and is not measured.
         ["--launch-skip", str(len(kernels))],

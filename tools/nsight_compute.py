@@ -26,15 +26,21 @@ _UNITS = {
 }
 
 
+def function_name(kernel: str) -> str:
+    """Return ncu's name of a kernel: neither namespaces nor template arguments."""
+    return kernel.partition("<")[0].rpartition("::")[2]
+
+
 def run(
     metrics: Iterable[str], kernels: Iterable[str], command: Sequence[str], options: Sequence[str]
 ) -> subprocess.CompletedProcess[str]:
     """Profile `command` and return what ncu printed; the functions `kernels` are measured."""
+    names = sorted({function_name(kernel) for kernel in kernels})
     if shutil.which("ncu") is None:
         raise SystemExit("ncu is not on PATH: install Nsight Compute, or add its folder to PATH")
     line = [
         *("ncu", *_OPTIONS, *options, "--metrics", ",".join(metrics)),
-        *("--kernel-name", f"regex:^({'|'.join(sorted(set(kernels)))})$"),
+        *("--kernel-name", f"regex:^({'|'.join(names)})$"),
         *command,
     ]
     return subprocess.run(line, capture_output=True, text=True, check=False)
@@ -63,7 +69,7 @@ def measure(
     metrics
         ncu's names. One that this GPU or version lacks is missing in the rows.
     kernels
-        Names of the functions to measure, without template arguments.
+        Names of the functions to measure.
     command
         What to run.
     options

@@ -29,6 +29,17 @@ __device__ __forceinline__ void load_vector(float* registers, const float* share
   registers[3] = vector.w;
 }
 
+// Loads up to four of a row's `count` values from `j` on: 16 bytes, or 8 at the end.
+__device__ __forceinline__ void load_part(float* registers, const float* shared, int j, int count) {
+  if (count - j >= 4) {
+    load_vector(registers, shared + j);
+  } else {
+    const float2 pair = *reinterpret_cast<const float2*>(shared + j);
+    registers[0] = pair.x;
+    registers[1] = pair.y;
+  }
+}
+
 __device__ __forceinline__ void store_vector(float* shared, const float* registers) {
   *reinterpret_cast<float4*>(shared) =
       make_float4(registers[0], registers[1], registers[2], registers[3]);

@@ -7,7 +7,7 @@
 // stretch of the image's flat axis (flat.cuh), and the next one is copied (asynchronously from
 // sm_80 on) a vector at a time between the FMAs of this one.
 //
-// Cost, 3x7: for one row of taps a thread reads a window of 20 inputs and 7 x 8 weights, 19 loads
+// Cost, 3x7: for one row of taps a thread reads a window of 18 inputs and 7 x 8 weights, 19 loads
 // of 16 bytes, and does 7 * 12 * 8 = 672 FMAs: 35 per load where stage 3 had one half.
 //
 // This is for 3x7 kernels with stride and dilation 1, where all sizes are constants; phases.cuh has
@@ -28,8 +28,8 @@ struct Sizes {
   static constexpr int WARP_W = 32 * THREAD_W;  // pixels of a warp, one stretch
   static constexpr int BLOCK_W = WARP_W * WARPS_W;
   static constexpr int BLOCK_CO = THREAD_CO * WARPS_CO;
-  static constexpr int WINDOW = (THREAD_W + KW - 1 + 3) / 4 * 4;  // inputs for a row of taps
-  static constexpr int WEIGHTS = TAPS * BLOCK_CO;                 // of one input channel
+  static constexpr int WINDOW = THREAD_W + KW - 1;  // inputs for a row of taps
+  static constexpr int WEIGHTS = TAPS * BLOCK_CO;   // of one input channel
   static constexpr int CHUNK_CI = 4;
   static constexpr int SHARED_BYTES = 48 * 1024;
   static constexpr int BLOCKS_PER_SM = 3;
@@ -39,6 +39,7 @@ struct Sizes {
   static constexpr int COPIED_VECTORS = KH * VECTOR_COPIES * THREADS;  // of a channel, so
   static constexpr int COPIED_TAPS = THREADS / BLOCK_CO;               // by all threads together
   static_assert(VECTOR_COPIES + WEIGHT_COPIES <= KW, "at most one copy behind each tap");
+  static_assert(WINDOW % 4 == 2, "vectors, and a pair at the end");
   // 8 lanes read 16 bytes each, THREAD_W words apart: all banks once.
   static_assert(THREAD_W % 8 == 4, "an odd number of 16-byte words from lane to lane");
 };
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(Sizes<WARPS_CO>::THREADS, Sizes<WARPS_CO>::BLO
       for (int kh = 0; kh < KH; ++kh) {
         float window[S::WINDOW];
 #pragma unroll
-        for (int j = 0; j < S::WINDOW; j += 4) load_vector(window + j, x + j);
+        for (int j = 0; j < S::WINDOW; j += 4) load_part(window + j, x, j, S::WINDOW);
         int place[S::VECTOR_COPIES];
 #pragma unroll
         for (int i = 0; i < S::VECTOR_COPIES; ++i) place[i] = place_of_vector[i * THREADS];
@@ -273,7 +274,7 @@ static bool plan(const ConvTransposeProblem& p, int vector, FlatTiles& tiles,
                  std::size_t& shared_bytes) {
   using S = Sizes<WARPS_CO>;
   const int64_t pitch = flat_pitch(p), group_in = p.in_channels / p.groups;
-  const int64_t span = S::BLOCK_W - S::THREAD_W + S::WINDOW + (S::KH - 1) * pitch;
+  const int64_t span = S::BLOCK_W + ceil_div(S::KW - 1, 4) * 4 + (S::KH - 1) * pitch;
   const int64_t places = max(span / vector, static_cast<int64_t>(S::COPIED_VECTORS));
   const int64_t room = shared_floats(S::SHARED_BYTES) - places;
   const int64_t chunk_ci =

@@ -12,13 +12,14 @@
 // 2). Sums over channels and columns of the kernel are formed of m, and y once at the end. So a
 // thread sums one of the four products, for pairs of output rows; everything else is stage 4's.
 //
-// Cost, 3x7: 4/6 of stage 4's FMAs; for one channel a thread reads two windows of 28 inputs, adds
-// them (28 FMAs), reads 7 x 8 weights, and does 1120 FMAs: 40 per load.
+// Cost, 3x7: 4/6 of stage 4's FMAs; for one channel a thread reads two windows of 26 inputs, adds
+// them (26 FMAs), reads 7 x 8 weights, and does 1120 FMAs: 40 per load.
 //
 // What it costs otherwise: a term like d2 g0 is in m0 and cancels again. Where a row of inputs is
 // much larger than its neighbours, its rounding errors are seen in outputs that it does not reach.
-// Few channels are left to stage 4: where few products add up, what cancels is seen, and there is
-// little to win. So is every problem that is not 3x7 with stride and dilation 1.
+//
+// Left to stage 4: few channels, where what cancels is seen; an odd number of rows without padding,
+// see below; and every problem that is not 3x7 with stride and dilation 1.
 
 #include <cfloat>
 
@@ -36,8 +37,8 @@ constexpr int LANES_W = 32 / PRODUCTS;  // a warp's lanes are 8 stretches of pix
 constexpr int WARP_W = LANES_W * THREAD_W;
 constexpr int BLOCK_W = WARP_W * WARPS_W;
 constexpr int BLOCK_CO = THREAD_CO * WARPS_CO;
-constexpr int WINDOW = (THREAD_W + KW - 1 + 3) / 4 * 4;
-constexpr int FEWEST_CI = 16;  // of a group; with fewer, stage 4 is the more exact
+constexpr int WINDOW = THREAD_W + KW - 1;  // inputs for a row of taps
+constexpr int FEWEST_CI = 8;               // of a group; with fewer, stage 4 is the more exact
 constexpr int CHUNK_CI = 4;
 constexpr int SHARED_BYTES = 96 * 1024;
 // The weights of one product, and 8 words that put the products of two lanes into different banks.
@@ -45,6 +46,7 @@ constexpr int PRODUCT_WEIGHTS = KW * BLOCK_CO + 8;
 constexpr int WEIGHTS = PRODUCTS * PRODUCT_WEIGHTS;  // of one input channel
 static_assert(KW * BLOCK_CO <= THREADS, "a thread transforms the weights of one column");
 static_assert(THREAD_W % 8 == 4, "an odd number of 16-byte words from lane to lane");
+static_assert(WINDOW % 4 == 2, "vectors, and a pair at the end");
 static_assert(WARP_W % 32 == 0, "the lanes write rows of the warp's tile");
 
 template <int VECTOR>
@@ -88,18 +90,19 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < KH; ++i) g[i] = is_wanted ? from[(KH - 1 - i) * KW] : 0.0f;
   };
   const auto store_column = [](float* to, const float (&g)[KH]) {
-    const float even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
+    const float even = 0.5f * (g[0] + g[2]);
     to[0 * PRODUCT_WEIGHTS] = g[0];
-    to[1 * PRODUCT_WEIGHTS] = even + odd;
-    to[2 * PRODUCT_WEIGHTS] = even - odd;
+    to[1 * PRODUCT_WEIGHTS] = fmaf(0.5f, g[1], even);
+    to[2 * PRODUCT_WEIGHTS] = fmaf(-0.5f, g[1], even);
     to[3 * PRODUCT_WEIGHTS] = g[2];
   };
   const float* from_w = filters + column_co * TAPS + column_kw;  // what is loaded next
 
-  // Inputs d2 and d3 of the pair r are rows 2 r + padding and the next, d0 and d1 those of the pair
-  // before.
+  // Pair r is the output rows 2 r - 1 and 2 r: the first and the last row of outputs, which may
+  // have but one row of taps, are then exact products of d3 or d0. Inputs d2 and d3 of the pair are
+  // rows 2 r - 1 + padding and the next, d0 and d1 those of the pair before.
   const Pixel corner = flat_pixel(first + p.padding_w - (KW - 1) - pitch, pitch);
-  const auto row_of_pair = [&](int pair) { return 2 * pair + p.padding_h; };
+  const auto row_of_pair = [&](int pair) { return 2 * pair - 1 + p.padding_h; };
   const float* const corner_row = planes + static_cast<int64_t>(row_of_pair(corner.row)) * p.width;
   for (int v = threadIdx.x; v < max(vectors, 2 * THREADS); v += THREADS) {
     const int is_lower = v * VECTOR >= span;
@@ -177,10 +180,12 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int j = 0; j < WINDOW; j += 4) {
         float other[4];
-        load_vector(window + j, x_a + j);
-        load_vector(other, x_b + j);
+        load_part(window + j, x_a, j, WINDOW);
+        load_part(other, x_b, j, WINDOW);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) window[j + i] = fmaf(sign, other[i], window[j + i]);
+        for (int i = 0; i < 4 && j + i < WINDOW; ++i) {
+          window[j + i] = fmaf(sign, other[i], window[j + i]);
+        }
       }
       int place = places_of_thread[0];
       float g[KH];
@@ -227,14 +232,15 @@ __global__ void __launch_bounds__(THREADS, 1)
       output +
       (static_cast<int64_t>(n) * p.out_channels + group * group_out + thread_co) * out_plane +
       2 * static_cast<int64_t>(start.row) * p.out_width;
-  int to[WARP_W / 32];  // where this lane writes a pair's upper row, from `image`, or -1
-  bool has_lower[WARP_W / 32];
+  int to[WARP_W / 32];  // where this lane writes a pair's lower row, from `image`
+  bool has_upper[WARP_W / 32], has_lower[WARP_W / 32];
 #pragma unroll
   for (int i = 0; i < WARP_W / 32; ++i) {
     const Pixel at = flat_pixel(start, i * 32 + lane, pitch);
-    const bool inside = at.row >= 0 && 2 * at.row < p.out_height && at.column < p.out_width;
-    to[i] = inside ? 2 * (at.row - start.row) * p.out_width + at.column : -1;
-    has_lower[i] = inside && 2 * at.row + 1 < p.out_height;
+    to[i] = 2 * (at.row - start.row) * p.out_width + at.column;
+    const bool inside = at.row >= 0 && at.column < p.out_width;
+    has_upper[i] = inside && at.row > 0 && 2 * at.row - 1 < p.out_height;
+    has_lower[i] = inside && 2 * at.row < p.out_height;
   }
   bool is_not_finite = false;
 #pragma unroll
@@ -248,13 +254,13 @@ __global__ void __launch_bounds__(THREADS, 1)
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < WARP_W / 32; ++i) {
-      if (to[i] < 0) continue;
+      if (!has_upper[i] && !has_lower[i]) continue;
       const float* const m = stage + i * 32 + lane;
       const float m0 = m[0], m1 = m[WARP_W], m2 = m[2 * WARP_W], m3 = m[3 * WARP_W];
       const float y0 = m0 + m1 + m2 + shift, y1 = m1 - m2 - m3 + shift;
       float* const y = image + q * out_plane + to[i];
-      y[0] = y0;
-      if (has_lower[i]) y[p.out_width] = y1;
+      if (has_upper[i]) y[-p.out_width] = y0;
+      if (has_lower[i]) y[0] = y1;
       is_not_finite |= !(fabsf(y0) <= FLT_MAX && fabsf(y1) <= FLT_MAX);
     }
     __syncwarp();
@@ -271,7 +277,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int i = lane; i < WARP_W; i += 32) {
       const Pixel at = flat_pixel(start, i, pitch);
       if (at.row < 0 || at.column >= p.out_width) continue;
-      for (int oh = 2 * at.row; oh < min(2 * at.row + 2, p.out_height); ++oh) {
+      for (int oh = max(2 * at.row - 1, 0); oh < min(2 * at.row + 1, p.out_height); ++oh) {
         float& y = image[q * out_plane + (oh - 2 * start.row) * p.out_width + at.column];
         if (fabsf(y) <= FLT_MAX) continue;
         y = sum_of_taps(planes, filter, p, rows, columns, oh, at.column) + shift;
@@ -285,13 +291,14 @@ static bool plan(const ConvTransposeProblem& p, int vector, FlatTiles& tiles,
                  std::size_t& shared_bytes) {
   const int64_t pitch = flat_pitch(p), group_in = p.in_channels / p.groups;
   if (!is_3x7(p) || group_in < FEWEST_CI) return false;
-  const int64_t span = BLOCK_W - THREAD_W + WINDOW + pitch;
+  if (p.padding_h == 0 && p.out_height % 2 != 0) return false;  // the last row is not exact
+  const int64_t span = BLOCK_W + ceil_div(KW - 1, 4) * 4 + pitch;
   const int64_t places = max(2 * span / vector, static_cast<int64_t>(2) * THREADS);
   const int64_t room = shared_floats(SHARED_BYTES) - places;
   const int64_t chunk_ci =
       min(min(room / 2 / (2 * span + WEIGHTS), static_cast<int64_t>(CHUNK_CI)), group_in);
   if (chunk_ci < 1) return false;
-  const int64_t count = ceil_div(ceil_div(p.out_height, 2) * pitch + flat_lead(p), BLOCK_W);
+  const int64_t count = ceil_div((p.out_height / 2 + 1) * pitch + flat_lead(p), BLOCK_W);
   const int count_co = static_cast<int>(ceil_div(p.out_channels / p.groups, BLOCK_CO));
   if (count * count_co * p.groups * p.batch > INT32_MAX) return false;
   tiles = {static_cast<int>(pitch), static_cast<int>(count), count_co, static_cast<int>(span),
