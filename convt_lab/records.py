@@ -875,8 +875,9 @@ def slug(gpu: str) -> str:
 
 
 def names(folder: Path = FOLDER) -> tuple[str, ...]:
-    """Return the names of the records in `folder`; those of counters are of another kind."""
-    return tuple(sorted(p.stem for p in folder.glob("*.json") if not p.stem.endswith("-counters")))
+    """Return the names of this module's records in `folder`, which also holds other kinds."""
+    other = re.compile(r"architectures|.*-(counters|profiles)")
+    return tuple(sorted(p.stem for p in folder.glob("*.json") if not other.fullmatch(p.stem)))
 
 
 def load_named(name: str, folder: Path = FOLDER) -> Record:

@@ -125,5 +125,15 @@ class StageCase:
         return result if trace else None
 
 
-STAGE_CASES = [StageCase(stage, problem) for problem in PROBLEMS for stage in lab.stages]
+def _stage_cases() -> list[StageCase]:
+    """Return each stage on each problem, once where a stage leaves it to the one before."""
+    cases: dict[tuple[str, str], StageCase] = {}
+    for problem in PROBLEMS:
+        for stage in lab.stages:
+            case = StageCase(stage, problem)
+            cases.setdefault((problem, case.kernel), case)
+    return list(cases.values())
+
+
+STAGE_CASES = _stage_cases()
 CASES = [*PATTERN_CASES, *STAGE_CASES]

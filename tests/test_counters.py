@@ -182,9 +182,9 @@ def test_winograd_by_hand():
     """Four products for two rows: pairs of rows on the flat axis, 160 pixels and 8 x 4 channels.
 
     For each input channel a warp loads two windows of 26 inputs, 6 vectors and a pair each, and 14
-    vectors of weights. A vector of the first window is another for each lane (4 wavefronts); in the
-    second products 0 and 1, a half warp, want the same (1 + 2). Of the weights each half warp wants
-    two vectors, from different banks (1 + 1).
+    vectors of weights. A vector goes by quarter warps (4 wavefronts) and a pair by half warps:
+    2 + 2, or 1 + 2 where products 0 and 1 want the same. Of the weights all lanes of a product want
+    the same: half warps, of two vectors from different banks (1 + 1).
     """
     problem, report = lab.Problem.named("channels_small"), profile("winograd", "channels_small")
     pairs, pitch = problem.out_height // 2 + 1, -(-problem.out_width // 4) * 4
@@ -195,7 +195,9 @@ def test_winograd_by_hand():
     assert report.fma == sums + 2 * columns  # a column of weights takes two more
     vectors = loads_of_vectors(report)
     assert sum(s.requests for s in vectors) == channels_of_warps * (7 + 7 + 14)
-    assert sum(s.wavefronts for s in vectors) == channels_of_warps * (7 * 4 + 7 * 3 + 14 * 2)
+    assert sum(s.wavefronts for s in vectors) == channels_of_warps * (
+        6 * 4 + 4 + 6 * 4 + 3 + 14 * 2
+    )
     weights = [s for s in report.sites if s.buffer == "weight"]
     assert sum(s.active_lanes for s in weights) == 3 * columns
     assert report.hazards == ()

@@ -288,3 +288,14 @@ def places(value, path=""):
             if path not in ("meaning", "ceilings", "growth"):
                 yield place
             yield from places(item, place)
+
+
+def test_every_record_that_is_kept_is_valid():
+    kept = records.names()
+    assert kept
+    for name in kept:
+        record = records.load_named(name)
+        assert set(record.parts) == {"ceilings", "shapes", "growth"}
+        for shape in record.shapes:
+            for row in shape.rows:
+                assert row.kind == "pytorch" or row.status == "ok", f"{row.name} on {shape.name}"

@@ -66,17 +66,18 @@ def test_float64_agrees_on_300_random_problems(device, part):
 #: of whole vectors and others, one channel more or less than a block has, wide rows, paddings that
 #: cut more than the kernel adds, few input channels and many.
 OF_3X7 = [
-    lab.Problem(2, 16, 8, 14, 41, kernel_size=(3, 7)),
-    lab.Problem(1, 8, 9, 15, 48, kernel_size=(3, 7)),
+    lab.Problem(2, 16, 17, 14, 41, kernel_size=(3, 7)),
+    lab.Problem(1, 8, 18, 15, 48, kernel_size=(3, 7)),
     lab.Problem(1, 17, 33, 7, 64, kernel_size=(3, 7), padding=(2, 1), bias=False),
     lab.Problem(1, 5, 16, 10, 100, kernel_size=(3, 7), padding=(1, 3)),
-    lab.Problem(2, 34, 18, 9, 44, kernel_size=(3, 7), padding=(1, 2), groups=2),
+    lab.Problem(2, 34, 36, 9, 44, kernel_size=(3, 7), padding=(1, 2), groups=2),
     lab.Problem(3, 32, 66, 2, 4, kernel_size=(3, 7), groups=2, bias=False),
     lab.Problem(1, 16, 32, 20, 30, kernel_size=(3, 7), padding=(2, 9)),
-    lab.Problem(1, 20, 9, 8, 16, kernel_size=(3, 7), padding=(4, 6)),
+    lab.Problem(1, 20, 19, 8, 16, kernel_size=(3, 7), padding=(4, 6)),
     lab.Problem(1, 16, 1, 1, 1, kernel_size=(3, 7)),
-    lab.Problem(1, 16, 3, 2, 1500, kernel_size=(3, 7), padding=(1, 0)),
+    lab.Problem(1, 16, 33, 2, 1500, kernel_size=(3, 7), padding=(1, 0)),
     lab.Problem(1, 2, 3, 2, 1501, kernel_size=(3, 7), padding=(0, 5)),
+    lab.Problem(1, 16, 20, 2, 9000, kernel_size=(3, 7)),
     lab.Problem(1, 16, 2, 1, 9000, kernel_size=(3, 7)),
 ]
 
@@ -150,7 +151,7 @@ def test_the_simulator_computes_the_bits_of_the_gpu():
     [
         {"kernel_size": (3, 7)},
         {"kernel_size": (3, 7), "padding": (1, 2)},
-        {"kernel_size": (3, 7), "in_channels": 32, "height": 10},
+        {"kernel_size": (3, 7), "in_channels": 32, "out_channels": 36, "height": 10},
         {"kernel_size": (3, 4), "stride": 2, "padding": 1, "dilation": (1, 3)},
     ],
 )
@@ -362,9 +363,20 @@ class TestTheLadder:
     def test_winograd_leaves_to_the_stage_before_what_it_does_not_cover(self):
         stage = lab.stages["winograd"]
         assert stage.variant(lab.Problem.named("star")) == "F(2, 3)"
-        few = {"groups": 8, "out_channels": 8}
-        for change, variant in ((few, "3x7"), ({"height": 9}, "3x7"), ({"stride": 2}, "general")):
-            settings = {"in_channels": 32, "height": 8, "width": 9, "kernel_size": (3, 7), **change}
+        few = {"groups": 8, "out_channels": 160}
+        narrow = {"out_channels": 16}
+        for change, variant in (
+            *((few, "3x7"), (narrow, "3x7"), ({"height": 9}, "3x7")),
+            ({"stride": 2}, "general"),
+        ):
+            settings = {
+                "in_channels": 32,
+                "out_channels": 20,
+                "height": 8,
+                "width": 9,
+                "kernel_size": (3, 7),
+                **change,
+            }
             problem = lab.Problem(**settings)
             assert stage.variant(problem) == variant
             x, weight, bias = problem.random_inputs()

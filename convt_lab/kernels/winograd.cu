@@ -18,8 +18,9 @@
 // What it costs otherwise: a term like d2 g0 is in m0 and cancels again. Where a row of inputs is
 // much larger than its neighbours, its rounding errors are seen in outputs that it does not reach.
 //
-// Left to stage 4: few channels, where what cancels is seen; an odd number of rows without padding,
-// see below; and every problem that is not 3x7 with stride and dilation 1.
+// Left to stage 4: few input channels, where what cancels is seen; few output channels, which would
+// fill half a block; an odd number of rows without padding, see below; and every problem that is
+// not 3x7 with stride and dilation 1.
 
 #include <cfloat>
 
@@ -38,6 +39,7 @@ constexpr int WARP_W = LANES_W * THREAD_W;
 constexpr int BLOCK_W = WARP_W * WARPS_W;
 constexpr int BLOCK_CO = THREAD_CO * WARPS_CO;
 constexpr int WINDOW = THREAD_W + KW - 1;  // inputs for a row of taps
+constexpr int FEWEST_CO = 17;              // of a group; with fewer, stage 4 has smaller blocks
 constexpr int FEWEST_CI = 8;               // of a group; with fewer, stage 4 is the more exact
 constexpr int CHUNK_CI = 4;
 constexpr int SHARED_BYTES = 96 * 1024;
@@ -290,7 +292,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 static bool plan(const ConvTransposeProblem& p, int vector, FlatTiles& tiles,
                  std::size_t& shared_bytes) {
   const int64_t pitch = flat_pitch(p), group_in = p.in_channels / p.groups;
-  if (!is_3x7(p) || group_in < FEWEST_CI) return false;
+  if (!is_3x7(p) || group_in < FEWEST_CI || p.out_channels / p.groups < FEWEST_CO) return false;
   if (p.padding_h == 0 && p.out_height % 2 != 0) return false;  // the last row is not exact
   const int64_t span = BLOCK_W + ceil_div(KW - 1, 4) * 4 + pitch;
   const int64_t places = max(2 * span / vector, static_cast<int64_t>(2) * THREADS);

@@ -622,13 +622,17 @@ class Tracer {
     }
   }
 
-  // Every bank gives one word a wavefront. Accesses of 8 and 16 bytes go by half warps: within a
-  // half, lanes that want the same words are served together, but not across the halves (measured
-  // on an H200: a float4 that all lanes read takes two wavefronts;
-  // records/nvidia-h200-counters.json).
+  // Every bank gives one word a wavefront. A wavefront returns a register for each lane, so
+  // accesses of 8 bytes go by half warps and those of 16 bytes by quarters: within one of these,
+  // lanes that want the same words are served together, but not across them. Quarters go two by two
+  // where all lanes want the same as their neighbour (lane ^ 1) or the next but one (lane ^ 2),
+  // because the registers are then packed: an NVIDIA engineer's answer at
+  // forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/77228, and measured on an
+  // H200 (records/nvidia-h200-counters.json).
   static std::uint64_t wavefronts(const std::array<std::uint64_t, kLanes>& offsets,
                                   std::uint32_t mask, std::uint32_t bytes) {
-    const int group = bytes <= 4 ? 32 : 16;
+    const bool packed = are_pairs_equal(offsets, mask, 1) || are_pairs_equal(offsets, mask, 2);
+    const int group = bytes <= 4 ? 32 : bytes <= 8 || packed ? 16 : 8;
     std::uint64_t total = 0;
     for (int first = 0; first < kLanes; first += group) {
       std::array<std::uint64_t, kLanes * 4> words;
@@ -648,6 +652,17 @@ class Tracer {
       total += *std::max_element(load.begin(), load.end());
     }
     return total;
+  }
+
+  // Whether each lane that takes part wants what lane ^ `step` wants, if that takes part too.
+  static bool are_pairs_equal(const std::array<std::uint64_t, kLanes>& offsets, std::uint32_t mask,
+                              int step) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int other = lane ^ step;
+      const bool both = (mask >> lane & 1) && (mask >> other & 1);
+      if (both && offsets[lane] != offsets[other]) return false;
+    }
+    return true;
   }
 
   const CudasimTrace setup_;
