@@ -518,19 +518,18 @@ def _kernel_rows(
     compiled: Mapping[tuple[str, str], Mapping[str, Resources]],
 ) -> list[dict[str, Any]]:
     rows = []
-    planned: dict[str, list[tuple[str, Launch]]] = {}
     for (name, architecture), kernels in compiled.items():
-        if name not in planned:
-            planned[name] = [
-                (problem, launch)
-                for problem in PLANNED
-                for launch in stages[name].launches(Problem.named(problem))
-            ]
-        unknown = {launch.symbol for _, launch in planned[name]} - set(kernels)
+        limit = ARCHITECTURES[architecture].shared_bytes_per_block
+        planned = [
+            (problem, launch)
+            for problem in PLANNED
+            for launch in stages[name].launches(Problem.named(problem), limit)
+        ]
+        unknown = {launch.symbol for _, launch in planned} - set(kernels)
         if unknown:
             raise BuildError(f"{name} launches kernels that nvcc does not list: {sorted(unknown)}")
         for symbol, resources in kernels.items():
-            own = [(p, launch) for p, launch in planned[name] if launch.symbol == symbol]
+            own = [(p, launch) for p, launch in planned if launch.symbol == symbol]
             rows.append(
                 {
                     "stage": name,

@@ -236,17 +236,20 @@ class Program:
         self._run(launcher, values, start)
         return None
 
-    def plan(self, launcher: str, *args: Any) -> tuple[Launch, ...]:
+    def plan(
+        self, launcher: str, *args: Any, max_shared_bytes: int | None = None
+    ) -> tuple[Launch, ...]:
         """Return what a launcher of the source's own would launch; nothing runs.
 
-        `args` are ctypes values or None (the null pointer), as for `call`; no array is needed. It
-        takes the simulator.
+        `args` are ctypes values or None (the null pointer), as for `call`; no array is needed. The
+        launcher is told that a block may have `max_shared_bytes` of shared memory, sm_90's if None.
+        It takes the simulator.
         """
         backend = self._backend
         if not isinstance(backend, Simulator):
             raise ValueError("plan needs the simulator: compile with backend='simulator'")
         values = [ctypes.c_void_p(None) if a is None else a for a in args]
-        with backend.plan(self.library) as launches:
+        with backend.plan(self.library, max_shared_bytes) as launches:
             code = getattr(self.library, launcher)(*values, ctypes.c_void_p(backend.stream()))
             if code != 0:
                 raise backend.error(self.library, code, launcher)

@@ -96,14 +96,18 @@ class Stage:
         ask.restype = ctypes.c_char_p
         return ask(_ConvTransposeProblem.of(problem)).decode()
 
-    def launches(self, problem: Problem) -> tuple[Launch, ...]:
+    def launches(self, problem: Problem, max_shared_bytes: int | None = None) -> tuple[Launch, ...]:
         """Return the kernels that the stage would launch for `problem`, in order; nothing runs.
 
-        It asks the compiled stage's launcher on the simulator, which decides as on a GPU.
+        It asks the compiled stage's launcher on the simulator, which decides as on a GPU whose
+        blocks may have `max_shared_bytes` of shared memory (sm_90's if None).
         """
         pointers = (None,) * 4  # input, weight, bias, output: a launcher only hands them on
         return self.program("simulator").plan(
-            self.name, *pointers, _ConvTransposeProblem.of(problem)
+            self.name,
+            *pointers,
+            _ConvTransposeProblem.of(problem),
+            max_shared_bytes=max_shared_bytes,
         )
 
     def __call__(

@@ -243,9 +243,11 @@ class TestRecord:
     @pytest.mark.parametrize("stage", list(lab.stages))
     def test_launches_are_those_of_the_simulator(self, record, stage):
         for problem in architectures.PLANNED:
-            planned = lab.stages[stage].launches(lab.Problem.named(problem))
-            expected = [(list(p.grid), p.threads, p.shared_bytes) for p in planned]
-            for architecture in ARCHITECTURES:
+            for architecture, limits in ARCHITECTURES.items():
+                planned = lab.stages[stage].launches(
+                    lab.Problem.named(problem), limits.shared_bytes_per_block
+                )
+                expected = [(list(p.grid), p.threads, p.shared_bytes) for p in planned]
                 found = [
                     (launch["grid"], launch["threads"], launch["dynamic_shared_bytes"])
                     for row in record["kernels"]

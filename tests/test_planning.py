@@ -71,3 +71,12 @@ def test_a_stage_is_planned_for_a_problem_too_large_to_run():
     )
     for stage in lab.stages.values():
         assert stage.launches(problem)
+
+
+def test_a_launcher_may_ask_how_much_shared_memory_there_is():
+    """The last stage takes fewer channels at once where a block may have less."""
+    stage, problem = lab.stages["winograd"], lab.Problem.named("star")
+    (large,), (small,) = stage.launches(problem), stage.launches(problem, 64 * 1024)
+    assert 64 * 1024 >= small.shared_bytes > large.shared_bytes // 3
+    assert large.shared_bytes > 64 * 1024
+    assert stage.launches(problem) == (large,)

@@ -197,9 +197,14 @@ class Simulator(Backend):
             yield report
 
     @contextmanager
-    def plan(self, library: ctypes.CDLL) -> Iterator[list[Launch]]:
-        """Note the launches in this context and run none; yields a list, filled at the end."""
-        with plan(_runtime(), library) as launches:
+    def plan(
+        self, library: ctypes.CDLL, max_shared_bytes: int | None = None
+    ) -> Iterator[list[Launch]]:
+        """Note the launches in this context and run none; yields a list, filled at the end.
+
+        Launchers are told that a block may have `max_shared_bytes`; as always if None.
+        """
+        with plan(_runtime(), library, max_shared_bytes) as launches:
             yield launches
 
     @contextmanager

@@ -61,10 +61,12 @@ def readable_name(symbol: str) -> str:
 
 
 @contextmanager
-def plan(runtime: ctypes.CDLL, library: ctypes.CDLL) -> Iterator[list[Launch]]:
+def plan(
+    runtime: ctypes.CDLL, library: ctypes.CDLL, max_shared_bytes: int | None
+) -> Iterator[list[Launch]]:
     """Note the launches in this context and run none of them; the list is filled at its end."""
     launches: list[Launch] = []
-    runtime.cudasim_plan_begin()
+    runtime.cudasim_plan_begin(ctypes.c_size_t(max_shared_bytes or 0))
     try:
         yield launches
         start = ctypes.POINTER(_Planned)()

@@ -278,6 +278,7 @@ thread_local int pending_error = 0;
 thread_local std::unique_ptr<cudasim::Tracer> active_tracer;
 thread_local std::vector<std::uint64_t> traced_blocks;
 thread_local bool planning = false;
+thread_local std::size_t max_shared_bytes = kMaxSharedBytes;
 thread_local std::vector<CudasimPlanned> planned;
 
 extern "C" void* __tls_get_addr(std::size_t*);
@@ -612,11 +613,11 @@ bool check_configuration(const CudasimLaunch& launch, std::size_t static_shared)
     std::snprintf(failure.text, sizeof(failure.text),
                   "block (%u, %u, %u) is outside 1 to (1024, 1024, 64), at most 1024 threads", b.x,
                   b.y, b.z);
-  } else if (static_shared + launch.shared_bytes > kMaxSharedBytes) {
+  } else if (static_shared + launch.shared_bytes > max_shared_bytes) {
     std::snprintf(
         failure.text, sizeof(failure.text),
         "%zu bytes of shared memory (%zu static, %zu dynamic) are more than a block's %zu",
-        static_shared + launch.shared_bytes, static_shared, launch.shared_bytes, kMaxSharedBytes);
+        static_shared + launch.shared_bytes, static_shared, launch.shared_bytes, max_shared_bytes);
   } else {
     return true;
   }
@@ -714,6 +715,7 @@ int cudasim_barrier(int predicate) { return worker->barrier(predicate, CUDASIM_C
 std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes) {
   return worker->exchange(mask, value, lanes);
 }
+std::size_t cudasim_max_shared_bytes() { return max_shared_bytes; }
 void cudasim_trap(const char* text) { worker->abort(CUDASIM_TRAP, 0, text); }
 
 // The buffer ends (up to its alignment) where unmapped addresses begin; so do those before its
@@ -750,13 +752,15 @@ void cudasim_release(void* buffer) {
 
 // ---- Planning -----------------------------------------------------------------------------------
 
-void cudasim_plan_begin() {
+void cudasim_plan_begin(std::size_t max_bytes) {
   planned.clear();
   planning = true;
+  if (max_bytes != 0) max_shared_bytes = max_bytes;
 }
 void cudasim_plan_end() {
   planned.clear();
   planning = false;
+  max_shared_bytes = kMaxSharedBytes;
 }
 std::size_t cudasim_planned(const CudasimPlanned** launches) {
   *launches = planned.data();

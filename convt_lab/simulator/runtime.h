@@ -110,8 +110,9 @@ struct CudasimPlanned {
   std::uint64_t shared_bytes;
 };
 
-// Makes this CPU thread's launches be noted instead of run, until cudasim_plan_end.
-void cudasim_plan_begin();
+// Makes this CPU thread's launches be noted instead of run, until cudasim_plan_end; a block may
+// have so much shared memory (0: as much as otherwise).
+void cudasim_plan_begin(std::size_t max_shared_bytes);
 void cudasim_plan_end();
 // What has been noted, in order; the array lives until the next launch or cudasim_plan_end.
 std::size_t cudasim_planned(const CudasimPlanned** launches);
@@ -156,6 +157,9 @@ int cudasim_barrier(int predicate);
 // the mask of the lanes that took part (lanes that have exited do not).
 std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes);
 [[noreturn]] void cudasim_trap(const char* text);
+
+// What cudaDeviceGetAttribute says a block may have.
+std::size_t cudasim_max_shared_bytes();
 
 // Device memory: 256-byte aligned, among unmapped addresses, so that running past it is caught.
 void* cudasim_allocate(std::size_t bytes);
