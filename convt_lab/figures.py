@@ -30,21 +30,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from convt_lab.records import Record, Shape
+
 __all__ = [
     "Listing",
     "Picture",
     "banks",
+    "bars",
     "coalescing",
     "constants",
     "cost_by_line",
     "diff",
+    "flat_axis",
+    "growth",
     "halo",
     "listing",
     "request",
     "residues",
     "reuse",
+    "roofline",
     "stamps",
-    "warp_tile",
     "window",
 ]
 
@@ -468,39 +473,48 @@ def halo(tile: tuple[int, int], kernel: tuple[int, int]) -> Picture:
     return Picture(figure, "a tile and its halo")
 
 
-def warp_tile(lanes: tuple[int, int], thread_w: int) -> Picture:
-    """Draw which lane of a warp owns which outputs.
+def flat_axis(shape: tuple[int, int], pitch: int, kernel: tuple[int, int]) -> Picture:
+    """Draw an image's rows laid end to end, with the inputs of two outputs, for stride 1.
 
     Parameters
     ----------
-    lanes
-        Lanes down and across.
-    thread_w
-        Neighbouring pixels that a lane owns.
+    shape
+        H and W of the inputs; there is no padding.
+    pitch
+        Places from one row to the next, at least W + KW - 1.
+    kernel
+        KH and KW.
 
     Returns
     -------
     Picture
-        The warp's tile of one output channel, with the lanes' numbers.
+        Above the rows with the zeros behind them, below the same places on one axis. Each holds
+        its number on that axis; zeros are grey. In the last row of inputs the first output and the
+        last one that all columns of the kernel reach are framed in what their taps multiply.
     """
-    lanes_h, lanes_w = lanes
-    width = lanes_w * thread_w
-    scale = (_WIDTH - 0.4) / width
-    figure, (axes,) = _panels(1, height=max(lanes_h * scale, 0.24 * lanes_h) + 0.6)
-    for lane_w, lane_h in np.ndindex(lanes_w, lanes_h):
-        lane = lane_w * lanes_h + lane_h
-        fill = _PALE_BLUE if (lane_h + lane_w) % 2 else _PALE_ORANGE
-        for j in range(thread_w):
-            _cell(axes, lane_w * thread_w + j, lane_h, fill)
-        place = (lane_w * thread_w, lane_h)
-        _frame(axes, *place, thread_w, 1, color=_INK)
-        _label(axes, place[0] + thread_w / 2, lane_h + 0.5, f"lane {lane}")
-    _bare(axes, width, lanes_h)
-    axes.set_aspect("auto")
-    axes.set_title(
-        f"{lanes_h} rows of {width} outputs, {thread_w} to a lane", fontsize=11, color=_INK
-    )
-    return Picture(figure, "the lanes' outputs")
+    (height, width), (kernel_h, kernel_w) = shape, kernel
+    figure, (rows, axis) = _panels(2, height=0.25 * (height + 1) + 1.15, stacked=True,
+                                   ratios=[height, 1])  # fmt: skip
+    fills = (_PALE_BLUE, _PALE_ORANGE)
+    for place in range(height * pitch):
+        h, w = divmod(place, pitch)
+        fill, ink = (fills[h % 2], _INK) if w < width else (_PALE, _GREY)
+        _cell(rows, w, h, fill, text=str(place), ink=ink)
+        _cell(axis, place, 0, fill, text=str(place), ink=ink)
+    last = (height - 1) * pitch
+    for output, color, style in ((last, _GREEN, "--"), (last + width - 1, _RED, "-")):
+        for kh in range(kernel_h):
+            first = output - kh * pitch - (kernel_w - 1)
+            _frame(axis, first, 0, kernel_w, 1, color=color, thick=2.2, style=style)
+            for kw in range(kernel_w):
+                h, w = divmod(first + kw, pitch)
+                _frame(rows, w, h, 1, 1, color=color, thick=2.2, style=style, inset=0.08)
+    _bare(rows, pitch, height)
+    _bare(axis, height * pitch, 1)
+    _ticks(rows, [], range(height))
+    rows.set_ylabel("h", color=_INK, rotation=0, labelpad=10)
+    axis.set_title("the flat axis", fontsize=11, color=_INK, loc="left")
+    return Picture(figure, "rows laid end to end")
 
 
 def window(thread_w: int, kernel_w: int, length: int) -> Picture:
@@ -541,8 +555,8 @@ def banks(words: Mapping[str, np.ndarray] | Request, count: int = 32) -> Picture
     ----------
     words
         For each panel's title the indices of the 4-byte words, [lanes, words of a lane]. Or a
-        request from a `Report`: one panel, or one for each half of the warp where the lanes ask for
-        8 or 16 bytes, because the halves are served one after the other.
+        request from a `Report`: one panel, or one for each part of the warp that is served for
+        itself: halves where the lanes ask for 8 bytes each, quarters where they ask for 16.
     count
         Number of banks.
 
@@ -588,7 +602,9 @@ def _shared_words(request: Request, count: int) -> tuple[dict[str, np.ndarray], 
     for lane, offset in enumerate(request.offsets):
         if offset is not None:
             words[lane] = offset // 4 + np.arange(each)
-    together = 32 if request.bytes <= 4 else 16
+    together = 32 if request.bytes <= 4 else 16 if request.bytes <= 8 else 8
+    if together == 8 and any(_pairs_agree(request.offsets, step) for step in (1, 2)):
+        together = 16
     panels, firsts = {}, list(range(0, 32, together))
     rows = [("lanes", "wavefronts", "banks that serve so many words")]
     for first in firsts:
@@ -602,6 +618,12 @@ def _shared_words(request: Request, count: int) -> tuple[dict[str, np.ndarray], 
         panels[f"lanes {lanes.replace('-', ' to ')}: {passes} wavefront{plural}"] = part
         rows.append((lanes, str(passes), _runs(busiest)))
     return panels, firsts, f"{_title(request)}\n{_columns(rows, words=[0, 2])}"
+
+
+def _pairs_agree(offsets: Sequence[int | None], step: int) -> bool:
+    """Whether each lane wants what lane ^ `step` wants, where both take part."""
+    pairs = [(offsets[lane], offsets[lane ^ step]) for lane in range(32)]
+    return all(one == other for one, other in pairs if None not in (one, other))
 
 
 def coalescing(request: Request) -> Picture:
@@ -901,3 +923,237 @@ def _mix(one: str, other: str, share: float) -> str:
     """Mix two colours, `share` of the other."""
     pairs = zip(*([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (one, other)), strict=True)
     return "#" + "".join(f"{round(a + (b - a) * share):02X}" for a, b in pairs)
+
+
+# ---- Measured ----------------------------------------------------------------------------------
+
+
+def bars(record: Record, *names: str) -> Picture:
+    """Draw the time of every implementation, one panel for each shape of a record.
+
+    Parameters
+    ----------
+    record
+        What was measured.
+    *names
+        Of shapes.
+
+    Returns
+    -------
+    Picture
+        Bars on a logarithmic axis: stages blue, PyTorch in float32 orange, in lower precision pale.
+        The line is the least time of the definition's FMAs at the measured FP32 rate. The table has
+        all numbers of the shapes' rows.
+    """
+    from matplotlib.ticker import NullFormatter
+
+    shapes = [record.shape(name) for name in names]
+    labels = [row.name for row in shapes[0].rows]
+    figure, panels = _panels(len(shapes), height=0.9 + 0.235 * len(labels))
+    parts = []
+    for axes, shape in zip(panels, shapes, strict=True):
+        timed = [(i, row, row.time_ms()) for i, row in enumerate(shape.rows) if row.cold]
+        for i, row, time in timed:
+            lower = row.kind != "stage" and not row.name.startswith(_FLOAT32)
+            color = _BLUE if row.kind == "stage" else _PALE_ORANGE if lower else _ORANGE
+            axes.barh(i, time, 0.7, color=color)
+            axes.text(time * 1.12, i, f"{time:,.3g}", va="center", fontsize=8, color=_INK)
+        times = [time for *_, time in timed]
+        axes.set_xscale("log")
+        axes.set_xlim(min(times) / 2, max(times) * 5)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.set_yticks(range(len(labels)), labels if axes is panels[0] else [""] * len(labels))
+        if record.ceilings.fp32_fma:
+            least = 1000 * shape.problem.flops / record.ceilings.fp32_fma
+            axes.axvline(least, color=_RED, linewidth=1.2, linestyle="--", zorder=0)
+        axes.set_xlabel("milliseconds, cold", fontsize=9, color=_INK)
+        axes.set_title(shape.name, fontsize=11, color=_INK)
+        _plain(axes)
+        parts.append(_speeds(record, shape))
+    return Picture(figure, "the times of all implementations", "\n\n".join(parts))
+
+
+_FLOAT32 = "cudnn_float32"
+
+
+def _speeds(record: Record, shape: Shape) -> str:
+    """Return a table of all that was measured of a shape's rows."""
+    rows = [
+        (
+            *(shape.name, "cold ms", "sustained", "TFLOP/s", "of FMA", "x cuDNN"),
+            *("rel. L2", "condition"),
+        )
+    ]
+    for row in shape.rows:
+        if row.cold is None:
+            rows.append((row.name, row.status, *[""] * 6))
+            continue
+        sustained = row.time_ms("sustained")
+        share, speedup = (
+            record.share_of_fma(shape.name, row.name),
+            shape.speedup(row.name, over=_FLOAT32),
+        )
+        rows.append(
+            (
+                row.name,
+                f"{row.time_ms():.3f}",
+                "" if sustained is None else f"{sustained:.3f}",
+                f"{shape.tflops(row.name):.1f}",
+                "" if share is None else f"{share:.1%}",
+                "" if speedup is None else f"{speedup:.2f}",
+                f"{row.errors.relative_l2:.1e}" if row.errors else "",
+                f"{row.errors.condition:,.1f}" if row.errors else "",
+            )
+        )
+    return _columns(rows, words=[0])
+
+
+def roofline(
+    flops_per_second: float,
+    bytes_per_second: float,
+    points: Mapping[str, tuple[float, float]],
+    executed: Mapping[str, float] | None = None,
+) -> Picture:
+    """Draw a GPU's two ceilings and where kernels stand below them.
+
+    Parameters
+    ----------
+    flops_per_second, bytes_per_second
+        The ceilings.
+    points
+        Of each kernel its FLOP by definition for each byte from and to DRAM, and those for each
+        second.
+    executed
+        What a kernel really did, in FLOP for each second, where it is much less than by definition:
+        drawn hollow, at the bytes of the same kernel.
+
+    Returns
+    -------
+    Picture
+        Both axes are logarithmic. The table has the points and how far below the roof they are.
+    """
+    executed = dict(executed or {})
+    figure, (axes,) = _panels(1, height=3.9)
+    ridge = flops_per_second / bytes_per_second
+    intensities = [i for i, _ in points.values()]
+    left, right = min([ridge, *intensities]) / 4, max([ridge, *intensities]) * 8
+    axes.plot(
+        [left, ridge, right],
+        [left * bytes_per_second / 1e12, flops_per_second / 1e12, flops_per_second / 1e12],
+        color=_INK,
+        linewidth=1.6,
+    )
+    rows = [("", "FLOP/byte", "TFLOP/s", "roof", "of the roof")]
+    for name, (intensity, rate) in points.items():
+        roof = min(flops_per_second, intensity * bytes_per_second)
+        rows.append(
+            (name, f"{intensity:.1f}", f"{rate / 1e12:.2f}", f"{roof / 1e12:.1f}",
+             f"{rate / roof:.1%}")
+        )  # fmt: skip
+        axes.plot(intensity, rate / 1e12, "o", color=_BLUE, markersize=6)
+        # Beside its point, and below it where the next one is near.
+        crowded = any(
+            other != name and abs(np.log10(r / rate)) < 0.15 and r > rate
+            for other, (_, r) in points.items()
+        )
+        axes.annotate(
+            name, (intensity, rate / 1e12), (7, -11 if crowded else 4),
+            textcoords="offset points", fontsize=9, color=_INK,
+        )  # fmt: skip
+        if name in executed:
+            done = executed[name]
+            done_intensity = intensity * done / rate
+            rows.append(
+                (f"{name}, executed", f"{done_intensity:.1f}", f"{done / 1e12:.2f}",
+                 f"{min(flops_per_second, done_intensity * bytes_per_second) / 1e12:.1f}",
+                 f"{done / min(flops_per_second, done_intensity * bytes_per_second):.1%}")
+            )  # fmt: skip
+            axes.plot(done_intensity, done / 1e12, "o", mfc="white", mec=_BLUE, markersize=6)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(left, right)
+    rates = [r / 1e12 for _, r in points.values()]
+    axes.set_ylim(min(rates) / 3, 3 * max([*rates, flops_per_second / 1e12]))
+    axes.set_xlabel("FLOP for each byte of DRAM", fontsize=9, color=_INK)
+    axes.set_ylabel("TFLOP/s", fontsize=9, color=_INK)
+    axes.text(
+        right / 1.1, 1.12 * flops_per_second / 1e12, "FP32 FMA", fontsize=9, color=_GREY, ha="right"
+    )
+    axes.text(
+        left * 1.15,
+        left * bytes_per_second / 1e12 * 1.9,
+        "copy",
+        fontsize=9,
+        color=_GREY,
+        ha="left",
+    )
+    _plain(axes)
+    return Picture(figure, "the roofline", _columns(rows, words=[0]))
+
+
+def growth(record: Record) -> Picture:
+    """Draw how the time for an output pixel grows, one panel for each axis of a record.
+
+    Parameters
+    ----------
+    record
+        With its part ``growth``.
+
+    Returns
+    -------
+    Picture
+        The fastest right stage at each point (blue, dots) and cuDNN in float32 (orange, squares);
+        both axes are logarithmic. The table has a row for each point, with the memory that each
+        needs beside inputs and output.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    titles = {
+        "batch": "images N",
+        "side": "side of the square image",
+        "channels": "channels C_in = C_out",
+        "kernel_area": "taps KH · KW",
+    }
+    figure = Figure(figsize=(_WIDTH, 5.0), layout="constrained")
+    rows = [("", "", "best stage", "ms", "ns/pixel", "MB", "cuDNN ms", "ns/pixel", "MB", "x cuDNN")]
+    for axes, (axis, points) in zip(
+        figure.subplots(2, 2).flat, record.growth.items(), strict=False
+    ):
+        lines: tuple[list, list] = ([], [])
+        for point in points:
+            pair = point.best, point.row(_FLOAT32)
+            cells = []
+            for line, row in zip(lines, pair, strict=True):
+                pixel = point.seconds_per_pixel(row)
+                line.append(np.nan if pixel is None else 1e9 * pixel)
+                memory = row and row.peak_bytes
+                cells += (
+                    [f"{row.time_ms():.3f}", f"{1e9 * pixel:.3f}",
+                     "" if memory is None else f"{memory / 1e6:.0f}"]
+                    if pixel is not None else ["", "", ""]
+                )  # fmt: skip
+            best = pair[0].name if pair[0] else ""
+            speedup = point.speedup(best, over=_FLOAT32) if best else None
+            ratio = "" if speedup is None else f"{speedup:.2f}"
+            rows.append((axis, str(point.value), best, *cells, ratio))
+        values = [point.value for point in points]
+        for line, color, style in zip(lines, (_BLUE, _ORANGE), ("o-", "s--"), strict=True):
+            axes.plot(values, line, style, color=color, markersize=4, linewidth=1.4)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(values[:: 1 + len(values) // 6], values[:: 1 + len(values) // 6])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(titles[axis], fontsize=9, color=_INK)
+        axes.set_ylabel("ns for a pixel", fontsize=9, color=_INK)
+        _plain(axes)
+    return Picture(figure, "time for a pixel as a problem grows", _columns(rows, words=[0, 2]))
+
+
+def _plain(axes: Axes) -> None:
+    """Leave of the box around a plot the two sides that have ticks."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_INK)

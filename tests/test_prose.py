@@ -123,13 +123,18 @@ CLAIMS = {
         "8×32 is best": min((2**i for i in range(9)), key=inputs_of_tile) == 8,
     },
     "register_blocked": {
+        "8 bytes": lambda: constant("register_blocked", "Sizes<4>::WINDOW") % 4 == 2,  # a pair
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
-        "16 rows": lambda: constant("register_blocked", "LANES_H") == 16,
-        "16 pixels": lambda: constant("register_blocked", "Sizes<0, 0>::THREAD_W") == 16,
+        "16 rows": lambda: constant("register_blocked", "phases::LANES_H") == 16,
+        "16 pixels": lambda: constant("register_blocked", "phases::THREAD_W") == 16,
+    },
+    "winograd": {
+        "3×7": lambda: lab.stages["winograd"].variant(STAR) == "F(2, 3)",
+        "8 bytes": lambda: constant("winograd", "f23::WINDOW") % 4 == 2,  # a pair
     },
     "simulator": {
-        "8 or 16 bytes": True,  # vectors of two and four floats
-        "of 8 bytes": True,
+        "8 bytes": True,  # vectors of two floats
+        "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
     },
 }
 
