@@ -8,7 +8,7 @@
 // sm_80 on) a vector at a time between the FMAs of this one.
 //
 // Cost, 3x7: for one row of taps a thread reads a window of 18 inputs and 7 x 8 weights, 19 loads
-// of 16 bytes, and does 7 * 12 * 8 = 672 FMAs: 35 per load where stage 3 had one half.
+// of up to 16 bytes, and does 7 * 12 * 8 = 672 FMAs: 35 per load where stage 3 had one half.
 //
 // This is for 3x7 kernels with stride and dilation 1, where all sizes are constants; phases.cuh has
 // the same idea for any other problem.

@@ -16,7 +16,7 @@
 // them (26 FMAs), reads 7 x 8 weights, and does 1120 FMAs: 40 per load.
 //
 // What it costs otherwise: a term like d2 g0 is in m0 and cancels again. Where a row of inputs is
-// much larger than its neighbours, its rounding errors are seen in outputs that it does not reach.
+// much larger than the others, and the kernel's row that it meets much smaller, this is seen.
 //
 // Left to stage 4: few input channels, where what cancels is seen; few output channels, which would
 // fill half a block; an odd number of rows without padding, see below; and every problem that is
@@ -269,8 +269,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   if (!is_not_finite) return;
 
-  // The products mix rows of inputs: an infinite or NaN value, or a sum that overflows, spoils
-  // outputs that it does not belong to. Such outputs are summed again, tap by tap.
+  // Products of sums: infinities may cancel to NaN, and a sum of inputs may overflow, where the
+  // definition gives a number. Such outputs are summed again, tap by tap.
   const Axis rows = unit_axis(p.height, p.out_height, KH, p.padding_h);
   const Axis columns = unit_axis(p.width, p.out_width, KW, p.padding_w);
   for (int q = 0; q < THREAD_CO && thread_co + q < group_out; ++q) {
