@@ -37,6 +37,7 @@ from typing import Any
 
 from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.build import BuildError
+from convt_lab.columns import aligned
 from convt_lab.gpu import COMPILER_PACKAGES, find_toolkit
 from convt_lab.problem import Problem
 from convt_lab.simulator.planning import Launch, readable_name
@@ -639,23 +640,12 @@ def tables(record: Mapping[str, Any]) -> str:
             )
     return "\n".join(
         [
-            *_columns(kernels, {0, 1, 4, 9}),
+            aligned(kernels, left={0, 1, 4, 9}),
             "",
             "Predicted from peak rates alone, the least time at which any such kernel could end:",
-            *_columns(predictions, {0, 1, 2, 4}),
+            aligned(predictions, left={0, 1, 2, 4}),
         ]
     )
-
-
-def _columns(rows: Sequence[Sequence[str]], words: set[int]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def write(path: Path) -> str:

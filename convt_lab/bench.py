@@ -34,6 +34,7 @@ from tqdm import tqdm
 from convt_lab import records
 from convt_lab.backend import KERNEL_FOLDER, Array
 from convt_lab.build import BuildError
+from convt_lab.columns import aligned
 from convt_lab.gpu import find_toolkit
 from convt_lab.ladder import exact, judge, poisoned
 from convt_lab.measure import (
@@ -982,7 +983,7 @@ def _ceiling_table(record: Record) -> str:
         rates = [f"{ceiling.rate(how) / 1e12:.4g}" for how in ("cold", "sustained")]
         unit = {"FLOP": "TFLOP/s", "byte": "TB/s"}[ceiling.unit]
         lines.append([name, *rates, unit, *_load_cells(ceiling.sustained.load)])
-    return _aligned(lines, left=(0, 3))
+    return aligned(lines, left=(0, 3))
 
 
 def _load_cells(load: Load) -> list[str]:
@@ -1026,7 +1027,7 @@ def _shape_table(record: Record, shape: Shape) -> str:
         f"{shape.name}: input {list(problem.input_shape)}, weight {list(problem.weight_shape)}, "
         f"output {list(problem.output_shape)}\n{arguments}; {problem.flops / 1e9:.4g} GFLOP"
     )
-    return f"{title}\n{_aligned(lines, left=(0, 11))}"
+    return f"{title}\n{aligned(lines, left=(0, 11))}"
 
 
 def _error_cells(row: Row) -> list[str]:
@@ -1058,7 +1059,7 @@ def _growth_table(axis: str, points: Sequence[Point]) -> str:
                 f"{speedup:.2f}" if speedup else "-",
             ]
         )
-    return _aligned(lines, left=(1,))
+    return aligned(lines, left=(1,))
 
 
 def _growth_cells(point: Point, row: Row | None) -> list[str]:
@@ -1072,15 +1073,3 @@ def _growth_cells(point: Point, row: Row | None) -> list[str]:
 
 def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1000 * seconds:.4g} ms"
-
-
-def _aligned(lines: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Return lines of cells as columns; those in `left` are aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from convt_lab.build import BuildError
+from convt_lab.columns import aligned
 from convt_lab.measure import Timing, median_times
 from convt_lab.problem import Problem
 from convt_lab.program import backend_named
@@ -297,15 +298,7 @@ def table(rows: Sequence[Row]) -> str:
             before = seconds.get(previous.name) if previous and row.name != BASELINE else None
             line += _time_cells(row, before, seconds.get(BASELINE))
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = (0, 1, 4)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned(lines, left=(0, 1, 4))
 
 
 def _error_cells(row: Row) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from convt_lab.columns import aligned
+
 __all__ = ["BufferUse", "Hazard", "Report", "Request", "Site"]
 
 SECTOR_BYTES = 32
@@ -201,16 +203,7 @@ class Report:
             )
             for s in self.sites
         ]
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        text = [1, 2, 3]  # columns of words
-
-        def line(cells: tuple[str, ...]) -> str:
-            return "  ".join(
-                cell.ljust(width) if i in text else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            ).rstrip()
-
-        lines = [line(columns), *map(line, rows)]
+        lines = [aligned([columns, *rows], left={1, 2, 3})]
         lines.append(f"{self.fma:,} FMAs; {self.arithmetic_intensity:.2f} FLOP per byte moved")
         if self.blocks != self.grid_blocks:
             lines.append(

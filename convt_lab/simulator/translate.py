@@ -10,6 +10,7 @@ iteration a thread is in.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 __all__ = ["mask_comments_and_strings", "translate", "uses_goto"]
 
@@ -75,17 +76,21 @@ def _launch_edits(code: str) -> list[tuple[int, int, str]]:
     return edits
 
 
-def _closing(code: str, position: int) -> int | None:
-    """Find the ``>>>`` outside any parentheses that ends the launch configuration."""
+def _walk(code: str, position: int) -> Iterator[tuple[int, str, int]]:
+    """Yield each index from `position` on, its character, and the brackets open behind it."""
     depth = 0
     for index in range(position, len(code)):
         if code[index] in "([{":
             depth += 1
         elif code[index] in ")]}":
             depth -= 1
-        elif depth == 0 and code.startswith(">>>", index):
-            return index
-    return None
+        yield index, code[index], depth
+
+
+def _closing(code: str, position: int) -> int | None:
+    """Find the ``>>>`` outside any parentheses that ends the launch configuration."""
+    ends = (i for i, _, depth in _walk(code, position) if depth == 0 and code.startswith(">>>", i))
+    return next(ends, None)
 
 
 _LOOP_MARK = "if (const ::cudasim::Loop cudasim_loop; false) {} else "
@@ -132,12 +137,7 @@ def _word(code: str, position: int) -> tuple[str | None, int]:
 def _parentheses_end(code: str, position: int) -> int | None:
     """Return the end of the parentheses, or braces, that come next."""
     start = _word(code, position)[1]
-    depth = 0
-    for index in range(start, len(code)):
-        if code[index] in "([{":
-            depth += 1
-        elif code[index] in ")]}":
-            depth -= 1
+    for index, _, depth in _walk(code, start):
         if depth <= 0:
             return index + 1 if index > start and depth == 0 else None
     return None
@@ -160,15 +160,8 @@ def _statement_end(code: str, position: int) -> int | None:
         return None if end is None else _statement_end(code, end + len("while"))
     if code.startswith("{", start):
         return _parentheses_end(code, start)
-    depth = 0
-    for index in range(start, len(code)):
-        if code[index] in "([{":
-            depth += 1
-        elif code[index] in ")]}":
-            depth -= 1
-        elif code[index] == ";" and depth == 0:
-            return index + 1
-    return None
+    ends = (i + 1 for i, character, depth in _walk(code, start) if character == ";" and depth == 0)
+    return next(ends, None)
 
 
 def _shared_edits(code: str) -> list[tuple[int, int, str]]:
