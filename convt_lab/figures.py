@@ -945,8 +945,6 @@ def bars(record: Record, *names: str) -> Picture:
         The line is the least time of the definition's FMAs at the measured FP32 rate. The table has
         all numbers of the shapes' rows.
     """
-    from matplotlib.ticker import NullFormatter
-
     shapes = [record.shape(name) for name in names]
     labels = [row.name for row in shapes[0].rows]
     figure, panels = _panels(len(shapes), height=0.9 + 0.235 * len(labels))
@@ -956,12 +954,14 @@ def bars(record: Record, *names: str) -> Picture:
         for i, row, time in timed:
             lower = row.kind != "stage" and not row.name.startswith(_FLOAT32)
             color = _BLUE if row.kind == "stage" else _PALE_ORANGE if lower else _ORANGE
-            axes.barh(i, time, 0.7, color=color)
-            axes.text(time * 1.12, i, f"{time:,.3g}", va="center", fontsize=8, color=_INK)
+            axes.barh(i, time, 0.7, color=color, edgecolor=_ORANGE if lower else color)
+            axes.text(
+                time * 1.12, i, f"{time:,.3g}", va="center", fontsize=8, color=_INK,
+                bbox=dict(facecolor="white", edgecolor="none", pad=0.5),
+            )  # fmt: skip
         times = [time for *_, time in timed]
         axes.set_xscale("log")
         axes.set_xlim(min(times) / 2, max(times) * 5)
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_yticks(range(len(labels)), labels if axes is panels[0] else [""] * len(labels))
         if record.ceilings.fp32_fma:
@@ -1108,7 +1108,6 @@ def growth(record: Record) -> Picture:
         needs beside inputs and output.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
 
     titles = {
         "batch": "images N",
@@ -1143,17 +1142,25 @@ def growth(record: Record) -> Picture:
             axes.plot(values, line, style, color=color, markersize=4, linewidth=1.4)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(values[:: 1 + len(values) // 6], values[:: 1 + len(values) // 6])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(titles[axis], fontsize=9, color=_INK)
         axes.set_ylabel("ns for a pixel", fontsize=9, color=_INK)
         _plain(axes)
+        # Where the axis is short, its decades are too few to read it by.
+        axes.yaxis.set_minor_formatter(
+            lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""
+        )
+        shown = values[:: 1 + len(values) // 6]
+        axes.set_xticks(shown, list(map(str, shown)))
+    figure.axes[0].legend(["best stage", "cuDNN float32"], fontsize=8, frameon=False)
     return Picture(figure, "time for a pixel as a problem grows", _columns(rows, words=[0, 2]))
 
 
 def _plain(axes: Axes) -> None:
-    """Leave of the box around a plot the two sides that have ticks."""
+    """Leave of the box around a plot the two sides that have ticks, and set numbers as numbers."""
+    for line in (axes.xaxis, axes.yaxis):
+        if line.get_scale() == "log":
+            line.set_major_formatter(lambda value, _: f"{value:g}")
+            line.set_minor_formatter(lambda value, _: "")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.tick_params(labelsize=8, colors=_INK)
+    axes.tick_params(which="both", labelsize=8, colors=_INK)

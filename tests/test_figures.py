@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import records_for_tests
 from counter_cases import PATTERN_CASES
 from matplotlib.colors import to_hex
 
@@ -180,6 +181,9 @@ PICTURES = {
     "coalescing": lambda: figures.coalescing(one_request("global", 8 * LANE)),
     "reuse": lambda: figures.reuse(a_report(), "x", (2, 2, 3)),
     "cost_by_line": lambda: figures.cost_by_line(a_report()),
+    "bars": lambda: figures.bars(records_for_tests.record(), "star"),
+    "roofline": lambda: figures.roofline(10e12, 5e12, {"a": (2, 4e12), "b": (90, 9e12)}),
+    "growth": lambda: figures.growth(records_for_tests.record()),
 }
 each_picture = pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES.keys())
 
@@ -398,3 +402,48 @@ def test_matplotlib_is_imported_only_to_draw():
         "import convt_lab.figures; assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- measured -------------------------------------------------------------------------------------
+
+
+def test_bars_draw_every_time_and_the_least_one():
+    record = records_for_tests.record()
+    shape = record.shapes[0]
+    picture = figures.bars(record, shape.name)
+    (axes,) = picture.figure.axes
+    timed = [row for row in shape.rows if row.cold]
+    assert [bar.get_width() for bar in axes.patches] == [row.time_ms() for row in timed]
+    assert len(patches(axes, BLUE)) == sum(row.kind == "stage" for row in timed)
+    assert len(patches(axes, ORANGE)) == len(patches(axes, PALE_ORANGE)) == 1
+    (line,) = axes.lines
+    assert line.get_xdata()[0] == 1000 * shape.problem.flops / record.ceilings.fp32_fma
+    table = picture.table().splitlines()
+    assert [row.split()[0] for row in table] == [shape.name, *(row.name for row in shape.rows)]
+    assert table[1].split()[1] == f"{timed[0].time_ms():.3f}"
+    assert "failed" in picture.table()
+
+
+def test_the_roofline_has_its_ridge_and_all_points():
+    points = {"slow": (2.0, 4e12), "fast": (100.0, 12e12)}
+    picture = figures.roofline(10e12, 5e12, points, {"fast": 6e12})
+    roof, *dots = picture.figure.axes[0].lines
+    assert roof.get_xydata()[1].tolist() == [2.0, 10.0]
+    drawn = [tuple(dot.get_xydata()[0]) for dot in dots]
+    assert drawn == [(2.0, 4.0), (100.0, 12.0), (50.0, 6.0)]
+    rows = [row.split() for row in picture.table().splitlines()]
+    assert [row[-1] for row in rows[1:]] == ["40.0%", "120.0%", "60.0%"]
+
+
+def test_growth_draws_the_best_stage_and_cudnn():
+    record = records_for_tests.record()
+    picture = figures.growth(record)
+    axes = picture.figure.axes
+    rows = picture.table().splitlines()[1:]
+    assert len(rows) == sum(map(len, record.growth.values()))
+    for panel, points in zip(axes, record.growth.values(), strict=False):
+        stage, cudnn = panel.lines
+        assert stage.get_xdata().tolist() == [point.value for point in points]
+        for line, rows_of in ((stage, lambda p: p.best), (cudnn, lambda p: p.row("cudnn_float32"))):
+            expected = [1e9 * point.seconds_per_pixel(rows_of(point)) for point in points]
+            assert line.get_ydata() == pytest.approx(expected)

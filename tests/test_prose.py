@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 import convt_lab as lab
-from convt_lab import Problem, figures
+from convt_lab import Problem, figures, records
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in sorted((ROOT / "book").glob("*.*")) if path.suffix != ".bib"}
@@ -86,6 +86,13 @@ def inputs_of_tile(height: int) -> int:
     return (height + STAR.kernel_size[0] - 1) * (256 // height + STAR.kernel_size[1] - 1)
 
 
+def record_is_older_than_the_rule() -> bool:
+    """Whether `winograd` leaves a problem to the stage before on which it was slower than that."""
+    shape = records.load_named("nvidia-h200").shape("to_rgb")
+    path = lab.stages["winograd"].variant(shape.problem)
+    return path != "F(2, 3)" and shape.speedup("winograd", over="register_blocked") < 0.9
+
+
 # What a page says, and whether it is so: True if the phrase itself is made from the code, or names
 # what the cell beside it sets or prints.
 CLAIMS = {
@@ -131,6 +138,10 @@ CLAIMS = {
     "winograd": {
         "3×7": lambda: lab.stages["winograd"].variant(STAR) == "F(2, 3)",
         "8 bytes": lambda: constant("winograd", "f23::WINDOW") % 4 == 2,  # a pair
+    },
+    "ladder": {
+        "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
+        "made before its present rule": lambda: record_is_older_than_the_rule(),
     },
     "simulator": {
         "8 bytes": True,  # vectors of two floats
