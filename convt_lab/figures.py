@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from convt_lab.columns import aligned
 from convt_lab.problem import Axis, Problem
 from convt_lab.program import compile as compile_source
 from convt_lab.simulator.report import SECTOR_BYTES, Report, Request
@@ -617,7 +618,7 @@ def _shared_words(request: Request, count: int) -> tuple[dict[str, np.ndarray], 
         plural = "" if passes == 1 else "s"
         panels[f"lanes {lanes.replace('-', ' to ')}: {passes} wavefront{plural}"] = part
         rows.append((lanes, str(passes), _runs(busiest)))
-    return panels, firsts, f"{_title(request)}\n{_columns(rows, words=[0, 2])}"
+    return panels, firsts, f"{_title(request)}\n{aligned(rows, left=(0, 2))}"
 
 
 def _pairs_agree(offsets: Sequence[int | None], step: int) -> bool:
@@ -688,7 +689,7 @@ def coalescing(request: Request) -> Picture:
             color=_INK,
         )  # fmt: skip
     axes.set_title(_title(request), fontsize=11, color=_INK, loc="left")
-    return Picture(figure, "lanes and sectors", f"{_title(request)}\n{_columns(rows)}")
+    return Picture(figure, "lanes and sectors", f"{_title(request)}\n{aligned(rows, left=(1,))}")
 
 
 def reuse(report: Report, buffer: str, shape: Sequence[int], plane: Sequence[int] = ()) -> Picture:
@@ -738,7 +739,7 @@ def reuse(report: Report, buffer: str, shape: Sequence[int], plane: Sequence[int
     rows += [
         (f"{n:,}", f"{c:,}") for n, c in zip(*np.unique(counts, return_counts=True), strict=True)
     ]
-    return Picture(figure, f"reads of {buffer!r}", f"{title}\n{_columns(rows, words=[])}")
+    return Picture(figure, f"reads of {buffer!r}", f"{title}\n{aligned(rows)}")
 
 
 def cost_by_line(report: Report) -> Picture:
@@ -808,7 +809,7 @@ def cost_by_line(report: Report) -> Picture:
         (str(n), f"{s:,}" if s else "", f"{w:,}" if w else "", lines[n - 1].strip())
         for n, (s, w) in sorted(costs.items())
     ]
-    return Picture(figure, "the cost of each line", _columns(rows, words=[3]))
+    return Picture(figure, "the cost of each line", aligned(rows, left=(3,)))
 
 
 def _title(request: Request) -> str:
@@ -830,18 +831,6 @@ def _runs(values: Sequence[int]) -> str:
         else:
             runs.append([value, value])
     return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
-
-
-def _columns(rows: Sequence[Sequence[str]], words: Sequence[int] = (1,)) -> str:
-    """Set rows as columns of text; those numbered in `words` are aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def _panels(
@@ -1006,7 +995,7 @@ def _speeds(record: Record, shape: Shape) -> str:
                 f"{row.errors.condition:,.1f}" if row.errors else "",
             )
         )
-    return _columns(rows, words=[0])
+    return aligned(rows, left=(0,))
 
 
 def roofline(
@@ -1089,7 +1078,7 @@ def roofline(
         ha="left",
     )
     _plain(axes)
-    return Picture(figure, "the roofline", _columns(rows, words=[0]))
+    return Picture(figure, "the roofline", aligned(rows, left=(0,)))
 
 
 def growth(record: Record) -> Picture:
@@ -1152,7 +1141,7 @@ def growth(record: Record) -> Picture:
         shown = values[:: 1 + len(values) // 6]
         axes.set_xticks(shown, list(map(str, shown)))
     figure.axes[0].legend(["best stage", "cuDNN float32"], fontsize=8, frameon=False)
-    return Picture(figure, "time for a pixel as a problem grows", _columns(rows, words=[0, 2]))
+    return Picture(figure, "time for a pixel as a problem grows", aligned(rows, left=(0, 2)))
 
 
 def _plain(axes: Axes) -> None:
