@@ -145,7 +145,6 @@ CLAIMS = {
     },
     "simulator": {
         "8 bytes": True,  # vectors of two floats
-        "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
     },
 }
 

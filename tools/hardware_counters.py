@@ -35,11 +35,10 @@ METRICS = {
 #: Where a GPU counts otherwise than the source reads, and why.
 EXPLAINED = {
     "shared_load_requests": "register_blocked and winograd: the GPU counts instructions issued, "
-    "also those that every lane of the warp skips (outputs that do not exist); the wavefronts, "
-    "which only lanes that take part cause, agree",
-    "shared_store_requests": "shared_tiled, register_blocked and winograd: the GPU also counts "
-    "stores that all lanes of a warp skip; and asynchronous copies write shared memory without a "
-    "store instruction, where the simulator counts a store",
+    "also those that every lane of the warp skips",
+    "shared_store_requests": "register_blocked and winograd: asynchronous copies write shared "
+    "memory without a store instruction, where the simulator counts a store; winograd: the GPU "
+    "also counts stores that every lane of a warp skips",
     "shared_store_wavefronts": "register_blocked and winograd: asynchronous copies write shared "
     "memory without a store instruction, where the simulator counts a store",
 }

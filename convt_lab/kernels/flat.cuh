@@ -57,7 +57,9 @@ __device__ __forceinline__ void copy_inputs(float* shared, const float* global) 
 template <int VECTOR>
 __device__ __forceinline__ void clear_inputs(float* shared) {
   if constexpr (VECTOR == 4) {
-    *reinterpret_cast<float4*>(shared) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    // In halves, as nvcc stores a vector of zeros.
+    reinterpret_cast<float2*>(shared)[0] = make_float2(0.0f, 0.0f);
+    reinterpret_cast<float2*>(shared)[1] = make_float2(0.0f, 0.0f);
   } else {
     *shared = 0.0f;
   }
