@@ -98,7 +98,7 @@ def test_a_kernel_is_shown_verbatim(stage):
     launcher = figures.listing(stage, stage.name)
     assert launcher.text in stage.source
     # By itself, or through the functions of its variants.
-    assert "cudaGetLastError" in launcher.text or "launch" in launcher.text
+    assert "cudaGetLastError" in launcher.text or re.search(r"\blaunch\w*\(", launcher.text)
 
 
 def test_a_python_function_is_shown_without_its_docstring():
