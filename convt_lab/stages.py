@@ -23,7 +23,7 @@ from convt_lab.program import compile as compile_source
 from convt_lab.simulator.planning import Launch
 from convt_lab.simulator.report import Report
 
-__all__ = ["Stage", "stages"]
+__all__ = ["Kernel", "Stage", "kernels", "stages"]
 
 Tensor = torch.Tensor | np.ndarray
 
@@ -50,13 +50,13 @@ class _ConvTransposeProblem(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One rung of the ladder: a CUDA kernel for every legal problem, in float32.
+class Kernel:
+    """A CUDA kernel for transposed convolutions, in float32: a .cu file with a launcher.
 
     Attributes
     ----------
     name
-        Of the stage, its .cu file, its launcher and its chapter.
+        Of the kernel, its .cu file and its launcher.
     summary
         Its idea in one sentence.
     """
@@ -66,29 +66,17 @@ class Stage:
 
     @property
     def source(self) -> str:
-        """The text of the stage's .cu file."""
+        """The text of its .cu file."""
         return (KERNEL_FOLDER / f"{self.name}.cu").read_text()
 
-    @property
-    def chapter(self) -> str:
-        """The chapter that explains it, as a path within the book."""
-        return f"book/{self.name}"
-
-    @property
-    def previous(self) -> Stage | None:
-        """The stage before, or None for the first."""
-        names = list(stages)
-        index = names.index(self.name)
-        return stages[names[index - 1]] if index else None
-
     def program(self, backend: BackendName = "auto") -> Program:
-        """Return the stage compiled for `backend`; the work is done once."""
+        """Return it compiled for `backend`; the work is done once."""
         return _program(self, backend)
 
     def variant(self, problem: Problem) -> str:
-        """Say which of the stage's paths runs for `problem`: ``general``, or a special one's name.
+        """Say which of the kernel's paths runs for `problem`: ``general``, or a special one's name.
 
-        It asks the compiled stage on the simulator, which decides as on a GPU.
+        It asks the compiled kernel on the simulator, which decides as on a GPU.
         """
         ask = getattr(self.program("simulator").library, f"{self.name}_variant", None)
         if ask is None:
@@ -97,9 +85,9 @@ class Stage:
         return ask(_ConvTransposeProblem.of(problem)).decode()
 
     def launches(self, problem: Problem, max_shared_bytes: int | None = None) -> tuple[Launch, ...]:
-        """Return the kernels that the stage would launch for `problem`, in order; nothing runs.
+        """Return the launches that it would make for `problem`, in order; nothing runs.
 
-        It asks the compiled stage's launcher on the simulator, which decides as on a GPU whose
+        It asks the compiled launcher on the simulator, which decides as on a GPU whose
         blocks may have `max_shared_bytes` of shared memory (sm_90's if None).
         """
         pointers = (None,) * 4  # input, weight, bias, output: a launcher only hands them on
@@ -121,7 +109,7 @@ class Stage:
         groups: int = 1,
         dilation: int | tuple[int, ...] = 1,
     ) -> Tensor:
-        """Compute a transposed convolution with this stage's kernel.
+        """Compute a transposed convolution with this kernel.
 
         Parameters
         ----------
@@ -170,12 +158,12 @@ class Stage:
         *,
         blocks: Sequence[int] | None = None,
     ) -> Report:
-        """Count what the stage's warps do on a problem, on the simulator wherever `x` is.
+        """Count what the kernel's warps do on a problem, on the simulator wherever `x` is.
 
         Parameters
         ----------
         x, weight, bias, stride, padding, output_padding, groups, dilation
-            As for calling the stage.
+            As for calling the kernel.
         blocks
             Trace (and run) these blocks only, by linear index, where all would take too long.
 
@@ -191,6 +179,23 @@ class Stage:
         return self.program("simulator").call(
             self.name, *call.launcher_arguments, trace=True, blocks=blocks
         )
+
+
+@dataclass(frozen=True)
+class Stage(Kernel):
+    """One rung of the ladder: a kernel for every legal problem, explained by a chapter."""
+
+    @property
+    def chapter(self) -> str:
+        """The chapter that explains it, as a path within the book."""
+        return f"book/{self.name}"
+
+    @property
+    def previous(self) -> Stage | None:
+        """The stage before, or None for the first."""
+        names = list(stages)
+        index = names.index(self.name)
+        return stages[names[index - 1]] if index else None
 
 
 class _Call:
@@ -257,8 +262,8 @@ def _common_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
 
 
 @functools.cache
-def _program(stage: Stage, backend: BackendName) -> Program:
-    return compile_source(stage.source, backend, name=stage.name)
+def _program(kernel: Kernel, backend: BackendName) -> Program:
+    return compile_source(kernel.source, backend, name=kernel.name)
 
 
 #: The ladder, in order.
@@ -274,3 +279,6 @@ stages: Mapping[str, Stage] = MappingProxyType(
         )
     }
 )
+
+#: All kernels: the ladder's, then those that are no rungs, which serve the operator.
+kernels: Mapping[str, Kernel] = MappingProxyType({**stages})
