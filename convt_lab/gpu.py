@@ -3,7 +3,8 @@
 The kernel files are free of torch, so a build takes seconds;
 `torch.utils.cpp_extension.load_inline` runs nvcc and the linker, and the launchers are called
 through ctypes on torch's current device and stream. A library that is already built is loaded
-without asking any tool.
+without asking any tool. Whatever goes wrong in a build ends in a `BuildError` that says what to do,
+or in a `CompileError` if the source is at fault.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ import functools
 import importlib.util
 import os
 import re
+import secrets
+import shlex
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 
+from convt_lab import supervise
 from convt_lab.backend import (
     KERNEL_FOLDER,
     SOURCE_NAME,
@@ -30,7 +36,17 @@ from convt_lab.backend import (
     compile_error,
     kernel_headers,
 )
-from convt_lab.build import BuildError, cached_library
+from convt_lab.build import (
+    BuildError,
+    build_timeout,
+    cached_library,
+    load_library,
+    outside_cause,
+    run_tool,
+    supervised,
+    timed_out,
+    tool_identity,
+)
 from convt_lab.errors import KernelError
 
 __all__ = ["COMPILER_PACKAGES", "GPU", "architectures", "find_ninja", "find_toolkit"]
@@ -40,6 +56,44 @@ COMPILER_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvid
 
 _FLAGS = ("-O3", "-std=c++17", "-lineinfo")
 _NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+
+# What nvcc and the linker say if not the source but the machine is at fault, and what to do.
+_CAUSES = {
+    r"Ninja is required": "ninja does not run: `pip install --force-reinstall ninja`",
+    r"Failed to preprocess host compiler properties|host compiler .* not found|"
+    r"unsupported (GNU|clang) version|Host compiler targets unsupported OS|"
+    r"gcc: .*No such file|(sh: .*|^)(gcc|g\+\+): (command )?not found": (
+        "nvcc has no host compiler that it can use: install g++ of a version that it supports, and "
+        "set CC and CXX to it if it is not the first one on PATH"
+    ),
+    r"Unsupported gpu architecture '?[\w.]+'?": (
+        "this nvcc does not build for that GPU: set TORCH_CUDA_ARCH_LIST to the GPU's own "
+        "architecture or unset it, or set CUDA_HOME to another toolkit"
+    ),
+    r"cannot find -lcudart": (
+        "the CUDA toolkit is not whole: set CUDA_HOME to another, or install the CUDA runtime"
+    ),
+    r"(cuda_runtime|crt/host_config)\.h: No such file": (
+        "the CUDA toolkit has no headers: set CUDA_HOME to a whole one"
+    ),
+    r"cannot find -l(c10|torch)\w*": (
+        "this PyTorch can't be linked with: install a CUDA build of it"
+    ),
+}
+
+# torch builds in this process: it reads PATH and settings of its own module, which are changed
+# while it does.
+_torch_is_building = threading.Lock()
+
+
+def _forget_lock() -> None:
+    """Free the lock in a forked process, where the thread that held it does not exist."""
+    global _torch_is_building
+    _torch_is_building = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)
 
 
 def find_toolkit() -> Path | None:
@@ -70,12 +124,26 @@ def find_toolkit() -> Path | None:
 def architectures() -> str:
     """Return the architectures to build for, in the form of ``TORCH_CUDA_ARCH_LIST``.
 
-    That variable is honoured; without it, the current device's own.
+    That variable is honoured; without it (or with ``native``), the current device's own.
+
+    Raises
+    ------
+    BuildError
+        If the device does not tell.
     """
-    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    chosen = _chosen_architectures()
+    if chosen is not None:
         return chosen
-    major, minor = torch.cuda.get_device_capability()
+    try:
+        major, minor = torch.cuda.get_device_capability()
+    except Exception as error:  # of many kinds: no driver, a forked process, a wrong device
+        raise BuildError(f"torch can't use the GPU: {_first_line(error)}") from error
     return f"{major}.{minor}"
+
+
+def _chosen_architectures() -> str | None:
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    return None if chosen in ("", "native") else chosen
 
 
 @contextmanager
@@ -95,7 +163,7 @@ def _environment(**variables: str) -> Iterator[None]:
 def _search_path() -> str:
     """Return PATH with the folder of the ninja package, whose environment may not be activated."""
     path = os.environ.get("PATH", "")
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, AttributeError):  # none, or another module of that name
         import ninja
 
         path = os.pathsep.join([ninja.BIN_DIR, path])
@@ -115,7 +183,7 @@ def _runtime_link_flags(toolkit: Path, folder: Path) -> list[str]:
     for library in libraries:
         for versioned in sorted(library.glob("libcudart.so.*")):
             (folder / "libcudart.so").symlink_to(versioned)
-            return [f"-L{folder}"]
+            return [_for_ninja(f"-L{folder}")]
     return []
 
 
@@ -145,10 +213,9 @@ class GPU(Backend):
                 )
             _load_inline(library, text, toolkit, wanted)
 
-        tools = f"{toolkit} {torch.__version__} {torch.version.cuda}"
-        headers = [path.read_text() for path in kernel_headers()]
-        key = [text, *headers, " ".join(_FLAGS), tools, wanted]
-        return ctypes.CDLL(str(cached_library(name, key, build)))
+        headers = [path.read_text(encoding="utf-8") for path in kernel_headers()]
+        key = [text, *headers, " ".join(_FLAGS), *_identity_of_tools(toolkit), wanted]
+        return load_library(cached_library(name, key, build))
 
     @contextmanager
     def lend(self, arrays: Sequence[Array | None]) -> Iterator[list[int]]:
@@ -213,27 +280,167 @@ def _host_bytes(array: Array) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))
 
 
+# ---- Building ----------------------------------------------------------------------------------
+
+
+def _identity_of_tools(toolkit: Path | None) -> list[str]:
+    """Return what a library depends on besides its source: a part of its key."""
+    programs = ["bin/nvcc", "bin/ptxas", "nvvm/bin/cicc", "include/cuda_runtime.h"]
+    tools = [tool_identity(toolkit / program) for program in programs] if toolkit else ["no nvcc"]
+    if chosen := os.environ.get("PYTORCH_NVCC"):  # torch runs it in nvcc's place
+        tools.append(f"{chosen} {tool_identity(shutil.which(chosen) or chosen)}")
+    # nvcc takes CC, or the gcc on PATH; torch links with CXX.
+    for compiler in (os.environ.get("CC") or "gcc", os.environ.get("CXX") or "c++"):
+        tools.append(tool_identity(shutil.which(compiler) or compiler))
+    return [*tools, str(torch.__version__), str(torch.version.cuda)]
+
+
 def _load_inline(library: Path, source: str, toolkit: Path, wanted: str) -> None:
+    """Build `source` into `library`, in whose folder all happens."""
+    folder = library.parent
+    if unusable := re.search(r"[$:|'\"`\\\n]", str(folder)):
+        raise BuildError(
+            f"the build cache {folder} has {unusable[0]!r} in its path, which ninja or nvcc would "
+            "misread: set CONVT_LAB_CACHE to another folder"
+        )
+    ninja = find_ninja()
+    if ninja is None:
+        raise BuildError("no ninja: `pip install ninja`")
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        raise BuildError(
+            f"no C++ compiler to link with: {os.environ.get('CXX') or 'c++'!r} is not on PATH; "
+            "install g++ or set CXX to a path"
+        )
+    _check_release(toolkit)
+    tools = _supervised_ninja(folder, ninja)
+    # Flags only where the variable does not say it: torch takes any flag with "arch" in it for one
+    # that chooses the architecture, and leaves out its own.
+    number = wanted.replace(".", "")
+    chosen = [] if _chosen_architectures() else [f"-gencode=arch=compute_{number},code=sm_{number}"]
+    # A name that was never built: torch remembers those that were, even if they failed.
+    name = f"{library.stem}_{secrets.token_hex(4)}"
+    try:
+        with _torch_is_building, _torch_settings(toolkit) as cpp_extension:
+            path = os.pathsep.join([str(tools), _search_path()])
+            # The check of the compiler is for code that uses torch's own classes.
+            with _environment(PATH=path, CXX=compiler, TORCH_DONT_CHECK_COMPILER_ABI="1"):
+                cpp_extension.load_inline(
+                    name=name,
+                    cpp_sources=[],
+                    cuda_sources=[source],
+                    extra_cuda_cflags=[*_FLAGS, *chosen],
+                    extra_ldflags=_runtime_link_flags(toolkit, folder),
+                    extra_include_paths=[_for_ninja(KERNEL_FOLDER, quote=False)],
+                    build_directory=str(folder),
+                    is_python_module=False,
+                    no_implicit_headers=True,
+                )
+        (folder / f"{name}.so").rename(library)
+    except Exception as error:  # torch, setuptools and the loader raise errors of many kinds
+        raise _failure(error, wanted) from error
+
+
+@contextmanager
+def _torch_settings(toolkit: Path) -> Iterator[ModuleType]:
+    """Yield torch's builder, set to build with `toolkit`."""
     from torch.utils import cpp_extension
 
-    cpp_extension.CUDA_HOME = str(toolkit)  # read once, when the module is imported
-    # What a killed build leaves, and what the next one would wait for for ever. The caller's lock
-    # says that no other build is under way in this folder.
-    (library.parent / "lock").unlink(missing_ok=True)
+    # Both are read from the environment or made once, when the module is imported. torch puts the
+    # folder of its libraries into a command line as it is.
+    old = cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH
+    cpp_extension.CUDA_HOME = str(toolkit)
+    cpp_extension.TORCH_LIB_PATH = _for_ninja(old[1])
     try:
-        with _environment(TORCH_CUDA_ARCH_LIST=wanted, PATH=_search_path()):
-            cpp_extension.load_inline(
-                name=library.stem,
-                cpp_sources=[],
-                cuda_sources=[source],
-                extra_cuda_cflags=[*_FLAGS, f"-I{KERNEL_FOLDER}"],
-                extra_ldflags=_runtime_link_flags(toolkit, library.parent),
-                build_directory=str(library.parent),
-                is_python_module=False,
-                no_implicit_headers=True,
-            )
-    except RuntimeError as error:
-        text = str(error)
-        if re.search(rf"{re.escape(SOURCE_NAME)}\(\d+\)", text):
-            raise compile_error("nvcc", text) from error
-        raise BuildError(f"the build of {library.stem} failed: {text}") from error
+        yield cpp_extension
+    finally:
+        cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH = old
+
+
+def _for_ninja(argument: str | Path, *, quote: bool = True) -> str:
+    """Return an argument as a ninja file has it, in which the shell and ninja read it."""
+    text = shlex.quote(str(argument)) if quote else str(argument)
+    return text.replace("$", "$$")
+
+
+def _supervised_ninja(folder: Path, ninja: str) -> Path:
+    """Make a folder with a ``ninja`` that ends in time and with this process; return the folder.
+
+    torch waits for ninja without a limit, and ninja's compilers outlive both.
+    """
+    tools = folder / "tools"
+    scratch = folder / "scratch"  # what a killed nvcc leaves goes with the folder
+    tools.mkdir()
+    scratch.mkdir()
+    script = tools / "ninja"
+    command = shlex.join(supervised([ninja]))
+    script.write_text(
+        f'#!/bin/sh\nexport TMPDIR={shlex.quote(str(scratch))} LC_ALL=C\nexec {command} "$@"\n',
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
+    script.chmod(0o700)
+    if not os.access(script, os.X_OK):
+        raise BuildError(
+            f"the file system of the build cache {folder.parent} forbids programs (it is mounted "
+            "noexec, perhaps), and libraries with them: set CONVT_LAB_CACHE to a folder elsewhere"
+        )
+    return tools
+
+
+def _check_release(toolkit: Path) -> None:
+    """Refuse an nvcc that does not run or is of another CUDA than torch."""
+    nvcc = toolkit / "bin" / "nvcc"
+    status, output = run_tool([nvcc, "--version"], limit=min(60.0, build_timeout()))
+    if status != 0:
+        raise BuildError(
+            f"{nvcc} --version ends with status {status}: {output.strip() or 'no message'}; "
+            "install the CUDA toolkit again, or set CUDA_HOME to another"
+        )
+    found = re.search(r"release (\d+)\.\d+", output)
+    built_for = str(torch.version.cuda).partition(".")[0]
+    if found and found[1] != built_for:
+        raise BuildError(
+            f"{nvcc} is of CUDA {found[0].removeprefix('release ')}, torch of CUDA "
+            f"{torch.version.cuda}: set CUDA_HOME to a toolkit of CUDA {built_for}"
+        )
+
+
+def _failure(error: Exception, wanted: str) -> Exception:
+    """Make the error that a failed build ends in: the source's fault, or the machine's."""
+    if isinstance(error, BuildError):
+        return error
+    text = _without_commands(str(error)) or type(error).__name__
+    if supervise.TIMED_OUT_TEXT in text:
+        return timed_out("nvcc", build_timeout())
+    if isinstance(error, ValueError) and "arch" in text:
+        return BuildError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: {text}; correct or unset it")
+    causes = [outside_cause(text)]
+    causes += [f"{m[0]}: {cure}" for p, cure in _CAUSES.items() if (m := re.search(p, text, re.M))]
+    for cause in filter(None, causes):
+        return BuildError(f"the GPU's kernel could not be built: {cause}")
+    refusal = compile_error("nvcc", text)
+    if refusal.line is not None:
+        return refusal
+    if isinstance(error, ImportError):
+        text += "; torch builds with setuptools: `pip install setuptools`"
+    return BuildError(
+        f"the GPU's kernel could not be built: {text}\n"
+        "`python -m convt_lab doctor` says what is missing here"
+    )
+
+
+def _without_commands(output: str) -> str:
+    """Return what tools said, without ninja's account of the commands that it ran."""
+    kept = []
+    lines = iter(re.sub(r"^Error building extension '\w*': ", "", output).splitlines())
+    for line in lines:
+        if line.startswith("FAILED: "):
+            next(lines, None)  # the command
+        elif not re.match(r"\[\d+/\d+\] |ninja: build stopped", line):
+            kept.append(line)
+    return "\n".join(kept[:60]).strip()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

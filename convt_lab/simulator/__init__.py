@@ -15,13 +15,19 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from convt_lab.backend import SOURCE_NAME, Array, Backend, compile_error, kernel_headers
-from convt_lab.build import BuildError, cached_library
+from convt_lab.build import (
+    BuildError,
+    cached_library,
+    load_library,
+    outside_cause,
+    run_tool,
+    tool_identity,
+)
 from convt_lab.errors import KernelError
 from convt_lab.simulator.planning import Launch, plan
 from convt_lab.simulator.report import Report
@@ -59,8 +65,10 @@ def find_compiler() -> str | None:
 
 @functools.cache
 def _compiler_version(compiler: str) -> str:
-    result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return result.stdout.partition("\n")[0]
+    status, output = run_tool([compiler, "--version"], limit=60)
+    if status != 0:
+        raise BuildError(f"{compiler} --version ends with status {status}: {output.strip()}")
+    return output.partition("\n")[0]
 
 
 @functools.cache
@@ -93,23 +101,22 @@ def _compile(
 
     def build(library: Path) -> None:
         file = library.with_suffix(".cpp")
-        file.write_text(source)
+        file.write_text(source, encoding="utf-8", errors="surrogatepass")
         for header, text in headers.items():
-            (library.parent / header).write_text(text)
+            (library.parent / header).write_text(text, encoding="utf-8")
         # Compiling and linking apart, because linking must not bring in the sanitizer's library.
         unit = library.with_suffix(".o")
         for command in (
             [compiler, *flags, "-c", str(file), "-o", str(unit)],
             [compiler, *_LINK_FLAGS, str(unit), *map(str, libraries), "-o", str(library)],
         ):
-            result = subprocess.run(
-                command, capture_output=True, text=True, check=False, cwd=library.parent
-            )
-            if result.returncode != 0:
-                raise compile_error("g++", result.stderr)
-        unit.unlink()
+            status, output = run_tool(command, library.parent)
+            if cause := status != 0 and outside_cause(output):
+                raise BuildError(f"{compiler} failed: {cause}")
+            if status != 0:
+                raise compile_error("g++", output)
 
-    version = f"{compiler} {_compiler_version(compiler)} {platform.machine()}"
+    version = f"{tool_identity(compiler)} {_compiler_version(compiler)} {platform.machine()}"
     key = [source, " ".join(flags), version, *headers.values(), *map(str, libraries)]
     return cached_library(name, key, build)
 
@@ -122,7 +129,7 @@ def _runtime_path() -> Path:
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_runtime_path()))
+    library = load_library(_runtime_path())
     declare(library)
     library.cudasim_failure.restype = ctypes.POINTER(_Failure)
     library.cudasim_planned.restype = ctypes.c_size_t
@@ -178,7 +185,7 @@ class Simulator(Backend):
         if traced and uses_goto(source):
             flags += _GOTO_FLAGS
         path = _compile(name, text, flags, headers, [_runtime_path()], traced=traced)
-        return ctypes.CDLL(str(path))
+        return load_library(path)
 
     @contextmanager
     def trace(
