@@ -26,7 +26,15 @@ import numpy as np
 import torch
 
 import convt_lab.program
-from convt_lab.build import cache_folder
+from convt_lab.build import (
+    CACHE_LIMIT,
+    KEPT_DAYS,
+    BuildError,
+    build_timeout,
+    cache_folder,
+    size_of,
+    unsafe_folder,
+)
 from convt_lab.gpu import COMPILER_PACKAGES, find_ninja, find_toolkit
 from convt_lab.simulator import find_compiler
 
@@ -41,6 +49,7 @@ _OLDEST_TORCH = (2, 11)
 _OLDEST_GPU = (7, 5)
 _TOOL_TIMEOUT = 30.0  # seconds that a tool may take to tell its version
 _TRIAL_TIMEOUT = 300.0
+_PROBE_BYTES = 2**20  # about what a build needs while it runs
 
 State = Literal["ok", "missing", "wrong"]
 
@@ -121,7 +130,7 @@ def try_backend(backend: str) -> Finding:
         return Finding(what, "wrong", text, blocks=(backend,))
 
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
         # An empty cache beside the real one: what was built before can't hide a broken compiler.
         with tempfile.TemporaryDirectory(prefix="trial-", dir=cache_folder()) as folder:
             package = str(Path(__file__).resolve().parent.parent)
@@ -136,7 +145,7 @@ def try_backend(backend: str) -> Finding:
             )
     except subprocess.TimeoutExpired:
         return failed(f"the kernel was not done after {_TRIAL_TIMEOUT:.0f} s")
-    except OSError as error:
+    except (BuildError, OSError) as error:
         return failed(str(error))
     if result.returncode == 0:
         return Finding(what, "ok", result.stdout.strip())
@@ -290,7 +299,7 @@ def _nvcc() -> Finding:
     if release and built_for and _numbers(release[1])[0] != _numbers(built_for)[0]:
         text += f"; torch was built with CUDA {built_for}"
         remedy = f"set CUDA_HOME to a toolkit of CUDA {built_for}, or {_install_nvcc()}"
-        return Finding("nvcc", "wrong", text, remedy)
+        return Finding("nvcc", "wrong", text, remedy, blocks=("gpu",))
     return Finding("nvcc", "ok", text)
 
 
@@ -322,16 +331,42 @@ def _compiler() -> Finding:
 
 
 def _cache() -> Finding:
-    folder = cache_folder()
+    what, remedy = "build cache", "export CONVT_LAB_CACHE=/path/to/a/folder/of/yours"
+
+    def wrong(text: str) -> Finding:
+        return Finding(what, "wrong", text, remedy, blocks=_EVERY_BACKEND)
+
+    try:
+        folder = cache_folder()
+        build_timeout()
+    except BuildError as error:
+        message = str(error)
+        if message.startswith("CONVT_LAB_BUILD_TIMEOUT"):
+            return Finding(
+                what, "wrong", message, "unset CONVT_LAB_BUILD_TIMEOUT", blocks=_EVERY_BACKEND
+            )
+        return wrong(message.partition("; set ")[0])
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if reason := unsafe_folder(folder):
+            return wrong(f"{folder} {reason}: libraries in it are not loaded")
         with tempfile.NamedTemporaryFile(dir=folder, prefix="doctor-") as file:
-            file.write(b"writable")
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fchmod(file.fileno(), 0o700)
+            may_load = os.access(file.name, os.X_OK)
     except OSError as error:
-        remedy = "export CONVT_LAB_CACHE=/path/to/a/folder/of/yours"
-        text = f"{folder} can't be written: {error}"
-        return Finding("build cache", "wrong", text, remedy, blocks=_EVERY_BACKEND)
-    return Finding("build cache", "ok", f"{folder}, writable, {_size(folder) / 2**20:.1f} MiB")
+        return wrong(f"{folder} can't be written: {error}")
+    if not may_load:
+        return wrong(f"{folder} is on a file system that forbids programs (mounted noexec?)")
+    libraries = len(list(folder.glob("*/*.so")))
+    return Finding(
+        what,
+        "ok",
+        f"{folder}, writable, {size_of(folder) / 2**20:.1f} MiB in {libraries} "
+        f"{'library' if libraries == 1 else 'libraries'}; those not used for {KEPT_DAYS} days go, "
+        f"and the oldest above {CACHE_LIMIT / 2**30:.0f} GiB",
+    )
 
 
 def _architectures() -> Finding | None:
@@ -340,6 +375,9 @@ def _architectures() -> Finding | None:
     if not chosen:
         return None
     what, text = "arch list", f"TORCH_CUDA_ARCH_LIST={chosen!r}"
+    if unknown := _unknown_architecture():
+        remedy = "unset TORCH_CUDA_ARCH_LIST"
+        return Finding(what, "wrong", f"{text}: {unknown}", remedy, blocks=("gpu",))
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if not _covers(chosen, capability):
@@ -431,6 +469,21 @@ def _install_nvcc() -> str:
     return "pip install " + " ".join(f"'{name}=={built_for}.*'" for name in COMPILER_PACKAGES)
 
 
+def _unknown_architecture() -> str | None:
+    """Return what torch says against TORCH_CUDA_ARCH_LIST, if it says anything."""
+    if os.environ["TORCH_CUDA_ARCH_LIST"].strip() in ("", "native"):
+        return None
+    from torch.utils import cpp_extension
+
+    read = getattr(cpp_extension, "_get_cuda_arch_flags", None)  # torch has no public name for it
+    try:
+        if read is not None:
+            read()
+    except ValueError as error:
+        return _first_line(str(error))
+    return None
+
+
 def _covers(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code built for `architectures`, as torch reads the list, runs on a GPU."""
     for entry in re.split(r"[;\s]+", architectures.strip()):
@@ -446,17 +499,6 @@ def _covers(architectures: str, capability: tuple[int, int]) -> bool:
         if (same_major or match[4]) and built_for < capability:
             return True
     return False
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for directory, _, files in os.walk(folder):
-        for file in files:
-            try:
-                total += os.lstat(os.path.join(directory, file)).st_size
-            except OSError:  # deleted since
-                continue
-    return total
 
 
 def _numbers(version: str) -> tuple[int, ...]:

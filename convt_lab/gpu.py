@@ -306,10 +306,11 @@ def _load_inline(library: Path, source: str, toolkit: Path, wanted: str) -> None
     ninja = find_ninja()
     if ninja is None:
         raise BuildError("no ninja: `pip install ninja`")
-    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    chosen = os.environ.get("CXX")
+    compiler = shutil.which(chosen) if chosen else shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise BuildError(
-            f"no C++ compiler to link with: {os.environ.get('CXX') or 'c++'!r} is not on PATH; "
+            f"no C++ compiler to link with: {chosen or 'c++'!r} is not on PATH; "
             "install g++ or set CXX to a path"
         )
     _check_release(toolkit)
@@ -317,7 +318,7 @@ def _load_inline(library: Path, source: str, toolkit: Path, wanted: str) -> None
     # Flags only where the variable does not say it: torch takes any flag with "arch" in it for one
     # that chooses the architecture, and leaves out its own.
     number = wanted.replace(".", "")
-    chosen = [] if _chosen_architectures() else [f"-gencode=arch=compute_{number},code=sm_{number}"]
+    flags = [] if _chosen_architectures() else [f"-gencode=arch=compute_{number},code=sm_{number}"]
     # A name that was never built: torch remembers those that were, even if they failed.
     name = f"{library.stem}_{secrets.token_hex(4)}"
     try:
@@ -329,7 +330,7 @@ def _load_inline(library: Path, source: str, toolkit: Path, wanted: str) -> None
                     name=name,
                     cpp_sources=[],
                     cuda_sources=[source],
-                    extra_cuda_cflags=[*_FLAGS, *chosen],
+                    extra_cuda_cflags=[*_FLAGS, *flags],
                     extra_ldflags=_runtime_link_flags(toolkit, folder),
                     extra_include_paths=[_for_ninja(KERNEL_FOLDER, quote=False)],
                     build_directory=str(folder),

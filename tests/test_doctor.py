@@ -1,6 +1,7 @@
 """The doctor: what is missing or broken is said, with what mends it, and nothing raises."""
 
 import ctypes
+import errno
 import os
 import re
 import stat
@@ -152,6 +153,7 @@ class TestNvcc:
         assert found.state == state
         assert found.text.startswith(f"{release}, ")
         assert bool(found.remedy) == (state == "wrong")
+        assert found.blocks == (("gpu",) if state == "wrong" else ())
 
 
 class TestGpu:
@@ -200,6 +202,13 @@ class TestGpu:
         found = finding("arch list")
         assert found.state == state
         assert found.remedy == (None if state == "ok" else "unset TORCH_CUDA_ARCH_LIST")
+
+    def test_an_architecture_that_is_none(self, monkeypatch):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0;nonsense")
+        found = finding("arch list")
+        assert (found.state, found.blocks) == ("wrong", ("gpu",))
+        assert "nonsense" in found.text
+        assert found.remedy == "unset TORCH_CUDA_ARCH_LIST"
 
     def test_the_architectures_are_not_mentioned_unless_set(self):
         assert "arch list" not in [f.what for f in doctor.diagnose()]
@@ -265,11 +274,14 @@ class TestDriverAndTorch:
 
 class TestCache:
     def test_it_is_made_and_measured(self, tmp_path):
-        (tmp_path / "cache").mkdir()
-        (tmp_path / "cache" / "library.so").write_bytes(bytes(3 * 2**20))
+        (tmp_path / "cache" / "name-key").mkdir(mode=0o700, parents=True)
+        (tmp_path / "cache").chmod(0o700)
+        (tmp_path / "cache" / "name-key" / "library.so").write_bytes(bytes(3 * 2**20))
         found = finding("build cache")
-        assert (found.state, found.text) == ("ok", f"{tmp_path / 'cache'}, writable, 3.0 MiB")
-        assert os.listdir(tmp_path / "cache") == ["library.so"]
+        assert found.state == "ok"
+        assert f"{tmp_path / 'cache'}, writable, 3.0 MiB in 1 library; " in found.text
+        assert "not used for 30 days go, and the oldest above 2 GiB" in found.text
+        assert os.listdir(tmp_path / "cache") == ["name-key"]
 
     def test_one_that_cannot_be_written(self, monkeypatch, tmp_path):
         (tmp_path / "file").write_text("")
@@ -277,6 +289,41 @@ class TestCache:
         found = finding("build cache")
         assert (found.state, found.blocks) == ("wrong", ("simulator", "gpu"))
         assert "CONVT_LAB_CACHE" in found.remedy
+
+    def test_one_that_others_can_write(self, tmp_path):
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o777)
+        found = finding("build cache")
+        assert (found.state, found.blocks) == ("wrong", ("simulator", "gpu"))
+        assert "can be written by other users (mode 0777)" in found.text
+        assert "CONVT_LAB_CACHE" in found.remedy
+
+    def test_one_that_forbids_programs(self, monkeypatch):
+        monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+        found = finding("build cache")
+        assert found.state == "wrong"
+        assert "forbids programs" in found.text
+
+    def test_no_home(self, monkeypatch):
+        monkeypatch.setenv("CONVT_LAB_CACHE", "~nobody-of-this-name/cache")
+        found = finding("build cache")
+        assert (found.state, found.blocks) == ("wrong", ("simulator", "gpu"))
+        assert "no folder for the build cache" in found.text
+
+    def test_a_full_disk(self, monkeypatch):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", full)
+        found = finding("build cache")
+        assert found.state == "wrong"
+        assert "can't be written: " in found.text
+        assert "No space left on device" in found.text
+
+    def test_a_time_limit_that_is_none(self, monkeypatch):
+        monkeypatch.setenv("CONVT_LAB_BUILD_TIMEOUT", "soon")
+        found = finding("build cache")
+        assert (found.state, found.remedy) == ("wrong", "unset CONVT_LAB_BUILD_TIMEOUT")
 
 
 def test_a_check_that_raises_is_a_finding(monkeypatch):
