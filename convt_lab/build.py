@@ -56,6 +56,7 @@ __all__ = [
     "supervised",
     "tool_identity",
     "unsafe_folder",
+    "why_not_loaded",
 ]
 
 #: Seconds that one run of a compiler may take, unless ``CONVT_LAB_BUILD_TIMEOUT`` says otherwise.
@@ -339,12 +340,11 @@ def load_library(library: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise BuildError(
-            f"cannot load {library}: {error}; {_why_not_loaded(str(error))}"
-        ) from error
+        raise BuildError(f"cannot load {library}: {error}; {why_not_loaded(str(error))}") from error
 
 
-def _why_not_loaded(message: str) -> str:
+def why_not_loaded(message: str) -> str:
+    """Say what to do about a library that the loader refused with a message."""
     if "failed to map segment" in message or "Operation not permitted" in message:
         return (
             "its file system forbids programs (it is mounted noexec, perhaps): set CONVT_LAB_CACHE "

@@ -46,6 +46,7 @@ from convt_lab.build import (
     supervised,
     timed_out,
     tool_identity,
+    why_not_loaded,
 )
 from convt_lab.errors import KernelError
 
@@ -412,6 +413,10 @@ def _failure(error: Exception, wanted: str) -> Exception:
     if isinstance(error, BuildError):
         return error
     text = _without_commands(str(error)) or type(error).__name__
+    if isinstance(error.__cause__, OSError):  # the loader's own words
+        text += f" ({error.__cause__})"
+    if "Could not load" in text or ".so: " in text:
+        text += f"; {why_not_loaded(text)}"
     if supervise.TIMED_OUT_TEXT in text:
         return timed_out("nvcc", build_timeout())
     if isinstance(error, ValueError) and "arch" in text:
