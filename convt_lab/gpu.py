@@ -320,10 +320,14 @@ def _load_inline(library: Path, source: str, toolkit: Path, wanted: str) -> None
     # that chooses the architecture, and leaves out its own.
     number = wanted.replace(".", "")
     flags = [] if _chosen_architectures() else [f"-gencode=arch=compute_{number},code=sm_{number}"]
+    home = str(toolkit)
+    if shlex.quote(home) != home:  # torch puts it into command lines as it is; they run in `folder`
+        home = "cuda"
+        (folder / home).symlink_to(toolkit, target_is_directory=True)
     # A name that was never built: torch remembers those that were, even if they failed.
     name = f"{library.stem}_{secrets.token_hex(4)}"
     try:
-        with _torch_is_building, _torch_settings(toolkit) as cpp_extension:
+        with _torch_is_building, _torch_settings(home) as cpp_extension:
             path = os.pathsep.join([str(tools), _search_path()])
             # The check of the compiler is for code that uses torch's own classes.
             with _environment(PATH=path, CXX=compiler, TORCH_DONT_CHECK_COMPILER_ABI="1"):
@@ -344,14 +348,14 @@ def _load_inline(library: Path, source: str, toolkit: Path, wanted: str) -> None
 
 
 @contextmanager
-def _torch_settings(toolkit: Path) -> Iterator[ModuleType]:
-    """Yield torch's builder, set to build with `toolkit`."""
+def _torch_settings(toolkit: str) -> Iterator[ModuleType]:
+    """Yield torch's builder, set to build with the toolkit at a path."""
     from torch.utils import cpp_extension
 
     # Both are read from the environment or made once, when the module is imported. torch puts the
     # folder of its libraries into a command line as it is.
     old = cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH
-    cpp_extension.CUDA_HOME = str(toolkit)
+    cpp_extension.CUDA_HOME = toolkit
     cpp_extension.TORCH_LIB_PATH = _for_ninja(old[1])
     try:
         yield cpp_extension

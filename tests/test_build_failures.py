@@ -367,6 +367,13 @@ def test_a_cache_at_an_unusual_path_works(gpu, monkeypatch, tmp_path, name):
     assert GPU().build("kernel", SCALE).answer() == 42
 
 
+@pytest.mark.parametrize("name", ["cu da", "it's ß $HOME"])
+def test_a_toolkit_at_an_unusual_path_works(gpu, monkeypatch, tmp_path, name):
+    (tmp_path / name).symlink_to(gpu)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / name))
+    assert GPU().build("kernel", SCALE).answer() == 42
+
+
 def test_a_relative_cache_works(gpu, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONVT_LAB_CACHE", "here")
