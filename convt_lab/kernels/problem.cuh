@@ -81,7 +81,7 @@ __host__ __device__ __forceinline__ Axis unit_axis(int size, int out_size, int k
 }
 
 // The residue class of output o, whether or not its inputs lie inside the image.
-__device__ __forceinline__ Taps taps_of_class(const Axis& axis, int o) {
+__host__ __device__ __forceinline__ Taps taps_of_class(const Axis& axis, int o) {
   const int shifted = o + axis.padding;
   if (shifted % axis.gcd != 0) return {0, 0, 0};
   const int k = static_cast<int>(static_cast<int64_t>(shifted / axis.gcd % axis.k_step) *

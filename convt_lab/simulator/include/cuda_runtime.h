@@ -36,15 +36,15 @@
 
 // ---- Vector types -----------------------------------------------------------------------------
 
-#define CUDASIM_VECTOR(name, type, align2, align4)                            \
-  struct name##1 { type x; };                                                 \
-  struct alignas(align2) name##2 { type x, y; };                              \
-  struct name##3 { type x, y, z; };                                           \
-  struct alignas(align4) name##4 { type x, y, z, w; };                        \
-  inline name##1 make_##name##1(type x) { return {x}; }                       \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }            \
-  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; } \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+#define CUDASIM_VECTOR(name, type, align2, align4)                                     \
+  struct name##1 { type x; };                                                          \
+  struct alignas(align2) name##2 { type x, y; };                                       \
+  struct name##3 { type x, y, z; };                                                    \
+  struct alignas(align4) name##4 { type x, y, z, w; };                                 \
+  __forceinline__ name##1 make_##name##1(type x) { return {x}; }                       \
+  __forceinline__ name##2 make_##name##2(type x, type y) { return {x, y}; }            \
+  __forceinline__ name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; } \
+  __forceinline__ name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 using uchar = unsigned char;
 using ushort = unsigned short;
@@ -398,13 +398,19 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = static_cast<int>(cudasim_max_shared_bytes());
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int kMultiprocessors = 132;  // of an H100 or H200
+  *value = attribute == cudaDevAttrMultiProcessorCount
+               ? kMultiprocessors
+               : static_cast<int>(cudasim_max_shared_bytes());
   return cudaSuccess;
 }
 template <class... P>
