@@ -2,13 +2,16 @@
 
 To add a stage, write ``kernels/NAME.cu`` with an ``extern "C"`` launcher called NAME (see
 ``kernels/problem.cuh`` and any other stage) and add a line to the registry below.
+
+A kernel that is no rung serves the operator: it may cover a class of problems only, and more types
+and memory formats than a stage, with a launcher for each.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -51,18 +54,49 @@ class _ConvTransposeProblem(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A CUDA kernel for transposed convolutions, in float32: a .cu file with a launcher.
+    """A CUDA kernel for transposed convolutions: a .cu file with a launcher for each type.
 
     Attributes
     ----------
     name
-        Of the kernel, its .cu file and its launcher.
+        Of the kernel, its .cu file and its launcher for contiguous float32.
     summary
         Its idea in one sentence.
+    dtypes
+        The types that input, weight, bias and output may have, all the same; sums are in float32.
+    takes_channels_last
+        Whether it has launchers for input and output in ``torch.channels_last`` too.
+    covers
+        Says which legal problems it is for.
     """
 
     name: str
     summary: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    takes_channels_last: bool = False
+    covers: Callable[[Problem], bool] = lambda problem: True
+
+    def supports(
+        self,
+        problem: Problem,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> bool:
+        """Return whether it computes `problem` in `dtype`, in that memory format."""
+        return (
+            dtype in self.dtypes
+            and (self.takes_channels_last or not channels_last)
+            and self.covers(problem)
+        )
+
+    def launcher(self, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> str:
+        """Return the C symbol of the launcher for `dtype` and the memory format.
+
+        It takes (input, weight, bias, output, ConvTransposeProblem, stream). The weight is
+        contiguous either way.
+        """
+        suffix = "" if dtype == torch.float32 else f"_{str(dtype).removeprefix('torch.')}"
+        return f"{self.name}{suffix}{'_channels_last' if channels_last else ''}"
 
     @property
     def source(self) -> str:
@@ -84,7 +118,13 @@ class Kernel:
         ask.restype = ctypes.c_char_p
         return ask(_ConvTransposeProblem.of(problem)).decode()
 
-    def launches(self, problem: Problem, max_shared_bytes: int | None = None) -> tuple[Launch, ...]:
+    def launches(
+        self,
+        problem: Problem,
+        max_shared_bytes: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> tuple[Launch, ...]:
         """Return the launches that it would make for `problem`, in order; nothing runs.
 
         It asks the compiled launcher on the simulator, which decides as on a GPU whose
@@ -92,7 +132,7 @@ class Kernel:
         """
         pointers = (None,) * 4  # input, weight, bias, output: a launcher only hands them on
         return self.program("simulator").plan(
-            self.name,
+            self.launcher(dtype, channels_last),
             *pointers,
             _ConvTransposeProblem.of(problem),
             max_shared_bytes=max_shared_bytes,
@@ -114,33 +154,36 @@ class Kernel:
         Parameters
         ----------
         x
-            Input, [N, C_in, H, W] or [C_in, H, W], float32. A CUDA tensor runs on its GPU; a CPU
-            tensor or NumPy array runs on the simulator.
+            Input, [N, C_in, H, W] or [C_in, H, W], float32 or another of `dtypes`. A CUDA tensor
+            runs on its GPU; a CPU tensor or NumPy array runs on the simulator.
         weight
-            [C_in, C_out/groups, KH, KW], float32, on the same device.
+            [C_in, C_out/groups, KH, KW], of the same type, on the same device.
         bias
-            [C_out], float32, on the same device, or None.
+            [C_out], of the same type, on the same device, or None.
         stride, padding, output_padding, groups, dilation
             As for ``torch.nn.functional.conv_transpose2d``.
 
         Returns
         -------
         torch.Tensor or numpy.ndarray
-            [N, C_out, OH, OW] (or without N), of the kind of `x`. No gradient flows through it.
+            [N, C_out, OH, OW] (or without N), of the kind of `x`; channels last if `x` is and the
+            kernel takes it so. No gradient flows through it.
 
         Raises
         ------
         ProblemError
             If the arguments describe no legal problem (a ValueError and a RuntimeError).
+        ValueError
+            If the kernel does not cover the problem.
         TypeError
-            If a dtype is not float32 or an argument has a wrong type.
+            If a dtype is not one of the kernel's or an argument has a wrong type.
         """
-        call = _Call(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        call = _Call(self, x, weight, bias, stride, padding, output_padding, groups, dilation)
         device = call.output.device
         if call.output.numel() > 0:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 self.program("gpu" if device.type == "cuda" else "simulator").call(
-                    self.name, *call.launcher_arguments
+                    call.launcher, *call.launcher_arguments
                 )
         output = call.output.squeeze(0) if call.is_unbatched else call.output
         return output.numpy() if isinstance(x, np.ndarray) else output
@@ -171,13 +214,13 @@ class Kernel:
         -------
         Report
         """
-        tensors = [_as_tensor(n, t).cpu() for n, t in (("x", x), ("weight", weight))]
-        tensors.append(None if bias is None else _as_tensor("bias", bias).cpu())
-        call = _Call(*tensors, stride, padding, output_padding, groups, dilation)
+        arrays = (("x", x), ("weight", weight), ("bias", bias))
+        tensors = [None if t is None else _as_tensor(n, t, self.dtypes).cpu() for n, t in arrays]
+        call = _Call(self, *tensors, stride, padding, output_padding, groups, dilation)
         if call.output.numel() == 0:
             raise ValueError("the output is empty: there is nothing to profile")
         return self.program("simulator").call(
-            self.name, *call.launcher_arguments, trace=True, blocks=blocks
+            call.launcher, *call.launcher_arguments, trace=True, blocks=blocks
         )
 
 
@@ -199,11 +242,19 @@ class Stage(Kernel):
 
 
 class _Call:
-    """The arguments of a call, checked, and the output to fill."""
+    """The arguments of a kernel's call, checked, and the output to fill."""
 
-    def __init__(self, x, weight, bias, stride, padding, output_padding, groups, dilation):
+    def __init__(self, kernel, x, weight, bias, stride, padding, output_padding, groups, dilation):
         arrays = {"x": x, "weight": weight, "bias": bias}
-        tensors = {name: _as_tensor(name, a) for name, a in arrays.items() if a is not None}
+        tensors = {
+            name: _as_tensor(name, array, kernel.dtypes)
+            for name, array in arrays.items()
+            if array is not None
+        }
+        dtype = tensors["x"].dtype
+        for name, tensor in tensors.items():
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} has dtype {tensor.dtype} and x {dtype}; convert one")
         device = _common_device(tensors)
         self.is_unbatched = tensors["x"].dim() == 3
         if self.is_unbatched:
@@ -218,9 +269,19 @@ class _Call:
             groups=groups,
             dilation=dilation,
         )
-        self.output = torch.empty(problem.output_shape, dtype=torch.float32, device=device)
+        channels_last = kernel.takes_channels_last and _is_channels_last(tensors["x"])
+        if not kernel.supports(problem, dtype, channels_last):
+            raise ValueError(f"{kernel.name} does not cover {problem}")
+        self.launcher = kernel.launcher(dtype, channels_last)
+        shape, order = problem.output_shape, torch.contiguous_format
+        if channels_last:
+            order = torch.channels_last
+            # What a launcher is given is [N, H, W, C].
+            tensors["x"] = tensors["x"].permute(0, 2, 3, 1)
+        self.output = torch.empty(shape, dtype=dtype, device=device, memory_format=order)
         if device.type == "cpu":
             self.output.fill_(float("nan"))  # a pixel that the kernel forgets must not look right
+        written = self.output.permute(0, 2, 3, 1) if channels_last else self.output
 
         def read(parameter: str, name: str) -> Array | None:
             if name not in tensors:
@@ -231,21 +292,27 @@ class _Call:
             read("input", "x"),
             read("weight", "weight"),
             read("bias", "bias"),
-            Array.of("output", self.output, written=True),
+            Array.of("output", written, written=True),
             _ConvTransposeProblem.of(problem),
         )
 
 
-def _as_tensor(name: str, value: Tensor) -> torch.Tensor:
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """Return whether `x` lies in memory as [N, H, W, C] and not as [N, C, H, W] too."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _as_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+    types = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if isinstance(value, np.ndarray):
-        if value.dtype != np.float32:
-            raise TypeError(f"{name} has dtype {value.dtype}; the stages compute in float32")
+        if str(value.dtype) not in types.split(" or "):
+            raise TypeError(f"{name} has dtype {value.dtype}; this kernel is for {types}")
         # A copy if need be: torch takes neither negative strides nor read-only memory.
         value = torch.from_numpy(np.require(value, requirements=["C", "W"]))
     elif not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor or a NumPy array, not {type(value).__name__}")
-    if value.dtype != torch.float32:
-        raise TypeError(f"{name} has dtype {value.dtype}; the stages compute in torch.float32")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {value.dtype}; this kernel is for {types}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} has layout {value.layout}; pass a dense tensor")
     return value.detach()
