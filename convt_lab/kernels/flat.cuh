@@ -16,7 +16,8 @@
 
 struct FlatTiles {
   int pitch;
-  int count, count_co;  // tiles of an image, and along a group's output channels
+  int images, rows;     // on one axis: all images or one, and how many rows each has
+  int count, count_co;  // tiles of an axis, and along a group's output channels
   int span;             // inputs of one channel that a tile brings into shared memory
   int chunk_ci;         // channels that it brings at once
 };
@@ -77,4 +78,22 @@ inline int64_t shared_floats(int wanted_bytes) {
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   return min(wanted_bytes, bytes) / static_cast<int>(sizeof(float));
+}
+
+// How many SMs the device has.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return count;
+}
+
+// Images on one axis, of so many pixels each: all, unless offsets between those in the `span`
+// pixels of a tile may need more than 32 bits.
+inline int images_of_axis(const ConvTransposeProblem& p, int64_t span, int64_t pixels) {
+  const int64_t in_image = static_cast<int64_t>(p.in_channels) * p.height * p.width;
+  const int64_t out_image = static_cast<int64_t>(p.out_channels) * p.out_height * p.out_width;
+  const int64_t images_of_tile = span / pixels + 2;
+  return images_of_tile * max(in_image, out_image) <= INT32_MAX / 2 ? p.batch : 1;
 }

@@ -593,13 +593,7 @@ struct Device {
   int multiprocessors;
 };
 
-static Device current_device() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  return {shared_floats(INT32_MAX), count};
-}
+static Device current_device() { return {shared_floats(INT32_MAX), multiprocessors()}; }
 
 // A way to cut a problem, and the time that it would take, in FMAs of a thread.
 struct Plan {
@@ -691,12 +685,7 @@ static Plan plan(const float* input, const ConvTransposeProblem& p, const Axis& 
   const int64_t filters =
       CHUNK_CI * static_cast<int64_t>(p.out_channels / p.groups) * p.kernel_h * p.kernel_w;
   if (max(max(in_rows, out_rows), filters) > INT32_MAX / 2) return plan;
-  // A tile may reach into other images, or stripes, if those are near.
-  const int64_t in_image = static_cast<int64_t>(p.in_channels) * p.height * p.width;
-  const int64_t out_image = static_cast<int64_t>(p.out_channels) * p.out_height * p.out_width;
-  const int64_t images_of_tile = memory.inputs / (height * pitch) + 2;
-  const bool is_near = images_of_tile * max(in_image, out_image) <= INT32_MAX / 2;
-  tiles.images = is_near ? p.batch : 1;
+  tiles.images = images_of_axis(p, memory.inputs, height * pitch);
   const int64_t pixels = static_cast<int64_t>(tiles.images) * tiles.stripes * height * pitch;
   const int64_t count = ceil_div(pixels + 3, S::BLOCK_W);  // it begins up to 3 pixels early
   if (count > INT32_MAX) return plan;

@@ -282,8 +282,10 @@ static bool plan(const ConvTransposeProblem& p, int vector, FlatTiles& tiles,
   if (chunk_ci < 1) return false;
   const int64_t count = ceil_div(p.out_height * pitch + flat_lead(p), S::BLOCK_W);
   const int count_co = static_cast<int>(ceil_div(p.out_channels / p.groups, S::BLOCK_CO));
-  if (count * count_co * p.groups * p.batch > INT32_MAX) return false;
-  tiles = {static_cast<int>(pitch), static_cast<int>(count), count_co, static_cast<int>(span),
+  const int64_t blocks = count * count_co * p.groups * p.batch;
+  if (blocks > INT32_MAX) return false;
+  tiles = {static_cast<int>(pitch),   1,        p.out_height,
+           static_cast<int>(count),   count_co, static_cast<int>(span),
            static_cast<int>(chunk_ci)};
   const int64_t floats = 2 * chunk_ci * (span + S::WEIGHTS) + places;
   shared_bytes = max(floats, static_cast<int64_t>(S::WARP_W) * S::THREADS / 32) * sizeof(float);

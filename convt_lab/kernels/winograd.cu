@@ -63,15 +63,15 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int group = take_digit(digits, p.groups);
   const int64_t first =
       static_cast<int64_t>(take_digit(digits, tiles.count)) * BLOCK_W - flat_lead(p);
-  const int n = digits;
+  const int n = digits;  // the axis's first image
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_w = warp / WARPS_CO, warp_co = warp % WARPS_CO;
   const int product = lane / LANES_W, lane_w = lane % LANES_W;
   const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
   const int64_t plane_size = static_cast<int64_t>(p.height) * p.width;
-  const float* const planes =
-      input + (static_cast<int64_t>(n) * p.in_channels + group * group_in) * plane_size;
+  const int64_t image_size = p.in_channels * plane_size;
+  const float* const planes = input + n * image_size + group * group_in * plane_size;
   const int64_t filters_size = static_cast<int64_t>(group_out) * TAPS;  // of one input channel
   const float* const filters = weight + group * group_in * filters_size + first_co * TAPS;
 
@@ -105,14 +105,26 @@ __global__ void __launch_bounds__(THREADS, 1)
   // rows 2 r - 1 + padding and the next, d0 and d1 those of the pair before.
   const Pixel corner = flat_pixel(first + p.padding_w - (KW - 1) - pitch, pitch);
   const auto row_of_pair = [&](int pair) { return 2 * pair - 1 + p.padding_h; };
-  const float* const corner_row = planes + static_cast<int64_t>(row_of_pair(corner.row)) * p.width;
+  // A row's image and pair: one behind an image's last pair is the one before the next's first.
+  const int pairs = p.out_height / 2 + 1;
+  const auto with_next_image = [&](Pixel pair) {
+    return pair.column < pairs ? pair : Pixel{pair.row + 1, -1};
+  };
+  const Pixel first_row = flat_pixel(corner.row, tiles.rows);
+  const Pixel from = with_next_image(first_row);
+  const float* const corner_row =
+      planes + from.row * image_size + static_cast<int64_t>(row_of_pair(from.column)) * p.width;
   for (int v = threadIdx.x; v < max(vectors, 2 * THREADS); v += THREADS) {
     const int is_lower = v * VECTOR >= span;
     const Pixel at = flat_pixel(corner, v * VECTOR - is_lower * span, pitch);
-    const int h = row_of_pair(at.row) + is_lower;
+    const Pixel pair = with_next_image(flat_pixel(first_row, at.row - corner.row, tiles.rows));
+    const int h = row_of_pair(pair.column) + is_lower;
     const bool exists = v < vectors;
-    const bool inside = exists && h >= 0 && h < p.height && at.column < p.width;
-    places[v] = inside ? (h - row_of_pair(corner.row)) * p.width + at.column : -1;
+    const bool inside = exists && pair.row >= 0 && pair.row < tiles.images && h >= 0 &&
+                        h < p.height && at.column < p.width;
+    places[v] = inside ? static_cast<int>((pair.row - from.row) * image_size) +
+                             (h - row_of_pair(from.column)) * p.width + at.column
+                       : -1;
     if (!exists || inside) continue;
     for (int c = 0; c < 2 * tiles.chunk_ci; ++c) {
       const int buffer = c / tiles.chunk_ci, channel = c % tiles.chunk_ci;
@@ -229,20 +241,23 @@ __global__ void __launch_bounds__(THREADS, 1)
   float* const stage = shared + warp * PRODUCTS * WARP_W;
   const int thread_co = first_co + warp_co * THREAD_CO;  // within the group
   const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
+  const int64_t out_image = p.out_channels * out_plane;
   const Pixel start = flat_pixel(first + warp_w * WARP_W, pitch);
-  float* const image =
-      output +
-      (static_cast<int64_t>(n) * p.out_channels + group * group_out + thread_co) * out_plane +
-      2 * static_cast<int64_t>(start.row) * p.out_width;
+  const Pixel start_pair = flat_pixel(start.row, tiles.rows);  // its image and pair
+  float* const image = output + (n + start_pair.row) * out_image +
+                       (group * group_out + thread_co) * out_plane +
+                       2 * static_cast<int64_t>(start_pair.column) * p.out_width;
   int to[WARP_W / 32];  // where this lane writes a pair's lower row, from `image`
   bool has_upper[WARP_W / 32], has_lower[WARP_W / 32];
 #pragma unroll
   for (int i = 0; i < WARP_W / 32; ++i) {
     const Pixel at = flat_pixel(start, i * 32 + lane, pitch);
-    to[i] = 2 * (at.row - start.row) * p.out_width + at.column;
-    const bool inside = at.row >= 0 && at.column < p.out_width;
-    has_upper[i] = inside && at.row > 0 && 2 * at.row - 1 < p.out_height;
-    has_lower[i] = inside && 2 * at.row < p.out_height;
+    const Pixel pair = flat_pixel(start_pair, at.row - start.row, tiles.rows);
+    to[i] = static_cast<int>((pair.row - start_pair.row) * out_image) +
+            2 * (pair.column - start_pair.column) * p.out_width + at.column;
+    const bool inside = pair.row >= 0 && pair.row < tiles.images && at.column < p.out_width;
+    has_upper[i] = inside && pair.column > 0 && 2 * pair.column - 1 < p.out_height;
+    has_lower[i] = inside && 2 * pair.column < p.out_height;
   }
   bool is_not_finite = false;
 #pragma unroll
@@ -278,11 +293,15 @@ __global__ void __launch_bounds__(THREADS, 1)
     const float* const filter = filters + (warp_co * THREAD_CO + q) * TAPS;
     for (int i = lane; i < WARP_W; i += 32) {
       const Pixel at = flat_pixel(start, i, pitch);
-      if (at.row < 0 || at.column >= p.out_width) continue;
-      for (int oh = max(2 * at.row - 1, 0); oh < min(2 * at.row + 1, p.out_height); ++oh) {
-        float& y = image[q * out_plane + (oh - 2 * start.row) * p.out_width + at.column];
+      const Pixel pair = flat_pixel(start_pair, at.row - start.row, tiles.rows);
+      if (pair.row < 0 || pair.row >= tiles.images || at.column >= p.out_width) continue;
+      float* const y_image = image + (pair.row - start_pair.row) * out_image + q * out_plane;
+      const float* const x_image = planes + pair.row * image_size;
+      for (int oh = max(2 * pair.column - 1, 0); oh < min(2 * pair.column + 1, p.out_height);
+           ++oh) {
+        float& y = y_image[(oh - 2 * start_pair.column) * p.out_width + at.column];
         if (fabsf(y) <= FLT_MAX) continue;
-        y = sum_of_taps(planes, filter, p, rows, columns, oh, at.column) + shift;
+        y = sum_of_taps(x_image, filter, p, rows, columns, oh, at.column) + shift;
       }
     }
   }
@@ -300,10 +319,21 @@ static bool plan(const ConvTransposeProblem& p, int vector, FlatTiles& tiles,
   const int64_t chunk_ci =
       min(min(room / 2 / (2 * span + WEIGHTS), static_cast<int64_t>(CHUNK_CI)), group_in);
   if (chunk_ci < 1) return false;
-  const int64_t count = ceil_div((p.out_height / 2 + 1) * pitch + flat_lead(p), BLOCK_W);
-  const int count_co = static_cast<int>(ceil_div(p.out_channels / p.groups, BLOCK_CO));
-  if (count * count_co * p.groups * p.batch > INT32_MAX) return false;
-  tiles = {static_cast<int>(pitch), static_cast<int>(count), count_co, static_cast<int>(span),
+  // The pair before an image's first may be the last of the image before, if both are zeros.
+  const int pairs = p.out_height / 2 + 1;
+  const bool is_shared = p.padding_h <= 1 && 2 * (pairs - 1) - 1 + p.padding_h >= p.height;
+  const int pair_rows = pairs + !is_shared;
+  const int images = images_of_axis(p, span, pair_rows * pitch);
+  const int64_t count = ceil_div(images * pair_rows * pitch + flat_lead(p), BLOCK_W);
+  const int64_t count_co = ceil_div(p.out_channels / p.groups, BLOCK_CO);
+  const int64_t blocks = count * count_co * p.groups * (p.batch / images);
+  if (blocks > INT32_MAX) return false;
+  tiles = {static_cast<int>(pitch),
+           images,
+           pair_rows,
+           static_cast<int>(count),
+           static_cast<int>(count_co),
+           static_cast<int>(span),
            static_cast<int>(chunk_ci)};
   const int64_t floats = 2 * chunk_ci * (2 * span + WEIGHTS) + places;
   shared_bytes = max(floats, static_cast<int64_t>(THREADS) * THREAD_W) * sizeof(float);
@@ -318,7 +348,7 @@ static cudaError_t launch(const float* input, const float* weight, const float* 
       cudaFuncSetAttribute(winograd_kernel<VECTOR>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
-  const int blocks = p.batch * p.groups * tiles.count * tiles.count_co;
+  const int blocks = p.batch / tiles.images * p.groups * tiles.count * tiles.count_co;
   winograd_kernel<VECTOR>
       <<<blocks, THREADS, shared_bytes, stream>>>(input, weight, bias, output, p, tiles);
   return cudaGetLastError();
