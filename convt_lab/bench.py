@@ -19,13 +19,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,14 @@ from convt_lab.columns import aligned
 from convt_lab.gpu import find_toolkit
 from convt_lab.ladder import exact, judge, poisoned
 from convt_lab.measure import (
+    MOST_RUNS,
+    NARROW,
     SUSTAINED_SECONDS,
     Clock,
     EventClock,
     Load,
     Sampler,
+    Sustained,
     Timing,
     gpu_facts,
     median_times,
@@ -75,6 +79,7 @@ __all__ = [
     "bench",
     "compare",
     "comparison",
+    "cudnn_at_its_best",
     "growth_candidates",
     "growth_problems",
     "measure_ceilings",
@@ -106,6 +111,13 @@ _BASE = Problem(8, 32, 32, 128, 128, kernel_size=(3, 7))
 
 _KERNELS = ((1, 1), (1, 3), (3, 3), (3, 5), (3, 7), (5, 5), (5, 9), (7, 7), (11, 11))
 
+_T = TypeVar("_T")
+
+# How often cuDNN is asked to choose an algorithm: the fewest times, the most, and the seconds after
+# which it is not asked again.
+_FEWEST_CHOICES, _MOST_CHOICES, _SECONDS_FOR_CHOICES = 2, 5, 1.5
+_RUNS_TO_COMPARE_CHOICES = 3
+
 _GEMM_SIDE = 8192
 _COPY_BYTES = 2**30
 _FMA_ROUNDS = 2000  # some 17 ms on an H200
@@ -126,12 +138,16 @@ class Instruments:
     peak_bytes
         Runs a function that returns its output; returns the bytes that it allocated meanwhile
         beyond the output.
+    choices
+        How often cuDNN may choose its algorithm, of which the fastest counts; 0 to take what it
+        chooses as it comes.
     """
 
     device: str
     clock: Clock
     sampler: Sampler | None
     peak_bytes: Callable[[Callable[[], object]], int]
+    choices: int = 0
 
 
 def _peak_bytes(function: Callable[[], object]) -> int:
@@ -344,9 +360,14 @@ class Candidate:
         """Return the context to run it in: PyTorch's switches; cuDNN takes its fastest."""
         if self.row.kind == "stage":
             return nullcontext()
-        return torch.backends.cudnn.flags(
-            enabled=True, benchmark=True, allow_tf32=bool(self.row.allow_tf32)
-        )
+        return cudnn_at_its_best(bool(self.row.allow_tf32))
+
+
+def cudnn_at_its_best(allow_tf32: bool) -> AbstractContextManager[object]:
+    """Return a context in which cuDNN tries every algorithm that it has, and takes the fastest."""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=True, benchmark_limit=0, allow_tf32=allow_tf32
+    )
 
 
 def stage_candidates(names: Sequence[str] | None = None) -> list[Candidate]:
@@ -363,6 +384,79 @@ def pytorch_candidates(names: Sequence[str] = tuple(PYTORCH_ROWS)) -> list[Candi
         Candidate(Row(name, "pytorch", *PYTORCH_ROWS[name], "ok"), F.conv_transpose2d)
         for name in names
     ]
+
+
+class _Thread:
+    """A thread of its own for a row's runs: PyTorch keeps cuDNN's choices by thread.
+
+    cuDNN chooses by one run of each algorithm, so that it takes now this and now that one of two
+    which are nearly as fast warm. Another thread is the only way to have it choose again.
+    """
+
+    def __init__(self, device: str) -> None:
+        index = torch.cuda.current_device() if device == "cuda" else None
+        initialise = (lambda: None) if index is None else partial(torch.cuda.set_device, index)
+        self._executor = ThreadPoolExecutor(1, initializer=initialise)
+
+    def run(self, work: Callable[[], _T]) -> _T:
+        return self._executor.submit(work).result()
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A candidate's call with its inputs, and the thread to run it in (this one if None)."""
+
+    candidate: Candidate
+    call: Callable[[], torch.Tensor]
+    thread: _Thread | None = None
+
+    def __call__(self) -> torch.Tensor:
+        with self.candidate.settings():
+            return self.call()
+
+    def run(self, work: Callable[[], _T]) -> _T:
+        """Run something in the task's thread."""
+        return work() if self.thread is None else self.thread.run(work)
+
+
+class _TaskClock:
+    """A clock that times each task in its own thread."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def time(self, task: _Task) -> float:
+        return task.run(partial(self._clock.time, task))
+
+
+def _with_best_choice(task: _Task, tools: Instruments) -> _Task:
+    """Let cuDNN choose an algorithm several times; return the task in the fastest one's thread."""
+    if task.candidate.row.kind != "pytorch" or tools.choices == 0:
+        return task
+    best, fastest = None, math.inf
+    begin = time.monotonic()
+    for count in range(tools.choices):
+        if count >= _FEWEST_CHOICES and time.monotonic() - begin > _SECONDS_FOR_CHOICES:
+            break
+        tried = replace(task, thread=_Thread(tools.device))
+        try:
+            tried.run(tried)
+            times = [_TaskClock(tools.clock).time(tried) for _ in range(_RUNS_TO_COMPARE_CHOICES)]
+        except BaseException:
+            for thread in (tried.thread, best and best.thread):
+                if thread:
+                    thread.close()
+            raise
+        seconds = statistics.median(times)
+        loser = tried
+        if seconds < fastest:
+            best, fastest, loser = tried, seconds, best
+        if loser:
+            loser.thread.close()
+    return best
 
 
 _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -408,60 +502,73 @@ def measure_problem(
     tuple of Row
         In the order of `candidates`.
     """
-    on_step("float64")
-    x, weight, bias = inputs
-    truth = exact(x if images is None else x[list(images)], weight, bias, **problem.arguments)
-    forms: dict[tuple[str, str], _Inputs] = {}
-    calls: dict[str, Callable[[], torch.Tensor]] = {}
-    rows: dict[str, Row] = {}
-    for candidate in candidates:
-        name = candidate.row.name
-        on_step(f"judging {name}")
-        try:
-            if candidate.form not in forms:
-                forms[candidate.form] = _converted(inputs, *candidate.form)
-            calls[name] = partial(candidate.function, *forms[candidate.form], **problem.arguments)
-            rows[name] = _judged(candidate, calls[name], truth, images)
-        except Exception as error:
-            rows[name] = _failed(candidate.row, error)
-    del truth
-    _release(tools.device)
+    with ExitStack() as open_threads:
+        forms: dict[tuple[str, str], _Inputs] = {}
+        tasks: dict[str, _Task] = {}
+        rows: dict[str, Row] = {}
+        for candidate in candidates:
+            name = candidate.row.name
+            on_step(f"choosing {name}")
+            rows[name] = candidate.row
+            try:
+                if candidate.form not in forms:
+                    forms[candidate.form] = _converted(inputs, *candidate.form)
+                call = partial(candidate.function, *forms[candidate.form], **problem.arguments)
+                tasks[name] = _with_best_choice(_Task(candidate, call), tools)
+            except Exception as error:
+                rows[name] = _failed(candidate.row, error)
+                continue
+            if tasks[name].thread:
+                open_threads.callback(tasks[name].thread.close)
+        _release(tools.device)
 
-    chosen = {c.row.name: c for c in candidates if rows[c.row.name].status == "ok"}
-    for name, candidate in list(chosen.items()):
-        on_step(f"memory of {name}")
-        try:
-            with candidate.settings():
-                calls[name]()  # for cuDNN's choice, which takes memory too
-                rows[name] = replace(rows[name], peak_bytes=tools.peak_bytes(calls[name]))
-        except RuntimeError as error:
-            rows[name] = _failed(rows[name], error)
-            del chosen[name]
+        on_step("float64")
+        x, weight, bias = inputs
+        truth = exact(x if images is None else x[list(images)], weight, bias, **problem.arguments)
+        for name, task in list(tasks.items()):
+            on_step(f"judging {name}")
+            try:
+                rows[name] = _judged(task, truth, images)
+            except Exception as error:
+                rows[name] = _failed(rows[name], error)
+            if rows[name].status != "ok":
+                del tasks[name]
+        del truth
+        _release(tools.device)
 
-    colds = _cold(chosen, calls, rows, tools, on_step)
-    for name, cold in colds.items():
-        rows[name] = replace(rows[name], cold=cold)
-        if not sustained:
-            continue
-        on_step(f"sustained {name}")
-        try:
-            with chosen[name].settings():
-                time_ = sustained_time(calls[name], cold.median, tools.clock, tools.sampler)
-            rows[name] = replace(rows[name], sustained=time_)
-        except RuntimeError as error:
-            rows[name] = _failed(rows[name], error)
+        for name, task in list(tasks.items()):
+            on_step(f"memory of {name}")
+            try:
+                task.run(task)  # what cuDNN or a library allocates once
+                peak_bytes = task.run(partial(tools.peak_bytes, task))
+                rows[name] = replace(rows[name], peak_bytes=peak_bytes)
+            except RuntimeError as error:
+                rows[name] = _failed(rows[name], error)
+                del tasks[name]
+
+        for name, cold in _cold(tasks, rows, tools, on_step).items():
+            rows[name] = replace(rows[name], cold=cold)
+            if not sustained:
+                continue
+            on_step(f"sustained {name}")
+            try:
+                rows[name] = replace(rows[name], sustained=_sustained(tasks[name], cold, tools))
+            except RuntimeError as error:
+                rows[name] = _failed(rows[name], error)
     return tuple(rows.values())
 
 
-def _judged(
-    candidate: Candidate,
-    call: Callable[[], torch.Tensor],
-    exact_result: Any,
-    images: Sequence[int] | None,
-) -> Row:
+def _sustained(task: _Task, cold: Timing, tools: Instruments) -> Sustained:
+    with task.candidate.settings():
+        work = partial(sustained_time, task.call, cold.median, tools.clock, tools.sampler)
+        return task.run(work)
+
+
+def _judged(task: _Task, exact_result: Any, images: Sequence[int] | None) -> Row:
+    candidate = task.candidate
     is_stage = candidate.row.kind == "stage"
-    with candidate.settings(), poisoned() if is_stage else nullcontext():
-        output = call()
+    with poisoned() if is_stage else nullcontext():
+        output = task.run(task)
     errors = judge(output if images is None else output[list(images)], exact_result)
     if images is not None and output.isnan().any().item():
         errors = replace(errors, relative_l2=math.inf, condition=math.inf)
@@ -477,28 +584,23 @@ def _failed(row: Row, error: Exception) -> Row:
 
 
 def _cold(
-    chosen: dict[str, Candidate],
-    calls: Mapping[str, Callable[[], torch.Tensor]],
-    rows: dict[str, Row],
-    tools: Instruments,
-    on_step: Step,
+    tasks: dict[str, _Task], rows: dict[str, Row], tools: Instruments, on_step: Step
 ) -> dict[str, Timing]:
     """Time cold runs in interleaved rounds; whatever fails is left out and the rest done again."""
-    while chosen:
+    while tasks:
         running = ""
 
-        def run(name: str, candidate: Candidate) -> object:
-            nonlocal running
-            running = name
-            with candidate.settings():
-                return calls[name]()
+        class Watched(_TaskClock):
+            def time(self, task: _Task) -> float:
+                nonlocal running
+                running = task.candidate.row.name
+                return super().time(task)
 
-        functions = {name: partial(run, name, candidate) for name, candidate in chosen.items()}
         try:
-            return median_times(functions, tools.clock, lambda name: on_step(f"cold {name}"))
+            return median_times(tasks, Watched(tools.clock), lambda name: on_step(f"cold {name}"))
         except RuntimeError as error:
             rows[running] = _failed(rows[running], error)
-            del chosen[running]
+            del tasks[running]
     return {}
 
 
@@ -656,7 +758,7 @@ def _current_gpu() -> Iterator[_Machine]:
                 cuda=torch.version.cuda or "none",
                 cudnn=f"{version // 10000}.{version // 100 % 100}.{version % 100}",
             ),
-            tools=Instruments("cuda", EventClock(), sampler, _peak_bytes),
+            tools=Instruments("cuda", EventClock(), sampler, _peak_bytes, _MOST_CHOICES),
             workloads=_workloads(properties),
         )
 
@@ -675,7 +777,8 @@ def _meaning(machine: _Machine) -> dict[str, str]:
     return {
         "cold": "median of single runs by CUDA events, the L2 cache flushed before each, after "
         "warm-ups, in interleaved rounds with the problem's other rows; fewer runs of what takes "
-        "longer than 50 ms",
+        "longer than 50 ms, and more of what varies, until the median's 95 % confidence interval "
+        f"is within {100 * NARROW:g} %, {MOST_RUNS} at most",
         "sustained": f"one run's share of at least {SUSTAINED_SECONDS:g} s back to back by CUDA "
         "events, nothing flushed",
         "enqueue_seconds": "what Python takes to enqueue one run; where it is about as long as the "
@@ -683,7 +786,8 @@ def _meaning(machine: _Machine) -> dict[str, str]:
         "sensors": f"clocks.sm, {power} and temperature.gpu of nvidia-smi, during sustained",
         "condition": "max|error| / (2^-24 * (|x| conv |w| + |b|)) against float64; a right float32 "
         "result has at most the gate",
-        "pytorch": "torch.nn.functional.conv_transpose2d with torch.backends.cudnn.benchmark=True; "
+        "pytorch": "torch.nn.functional.conv_transpose2d with torch.backends.cudnn.benchmark=True "
+        "and benchmark_limit=0; the fastest of cuDNN's choices in several threads; "
         "torch.backends.cudnn.allow_tf32 as said; not gated",
         "peak_bytes": "one call's memory beyond inputs and output, by PyTorch's allocator",
         "shapes": "inputs of Problem.random_inputs(seed), every output judged",

@@ -27,6 +27,8 @@ import torch
 
 __all__ = [
     "FEWEST_RUNS",
+    "MOST_RUNS",
+    "NARROW",
     "RUNS",
     "SUSTAINED_SECONDS",
     "WARM_UPS",
@@ -44,8 +46,14 @@ __all__ = [
     "sustained_time",
 ]
 
-#: Timed runs of a kernel that takes at most 50 ms.
+#: Timed runs of a kernel that takes at most 50 ms, unless its median is not sure by then.
 RUNS = 20
+
+#: Timed runs at most of a kernel whose median is not sure.
+MOST_RUNS = 200
+
+#: A median is sure if its confidence interval reaches no further than this share of it.
+NARROW = 0.01
 
 #: Timed runs of a kernel that takes long.
 FEWEST_RUNS = 5
@@ -58,6 +66,7 @@ SUSTAINED_SECONDS = 0.25
 
 _SECONDS_FOR_RUNS = 1.0  # what all timed runs of one slow kernel may take together
 _HOST_BOUND = 0.8  # of a run's seconds: Python's own pace varies by that much
+_CONFIDENCE = 1.96  # standard deviations to either side: 95 %
 _ENQUEUED_FREELY = 16  # runs: their launches fit in the driver's queue, so that none waits
 _ATTEMPTS = 4  # at a sustained measurement that turns out too short
 _SECONDS_AHEAD = 1e-3  # how long the GPU is kept busy before a run, while Python prepares it
@@ -79,6 +88,19 @@ class Timing:
     def median(self) -> float:
         """The median, in seconds."""
         return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """How far the median's 95 % confidence interval reaches to its farther side, over it.
+
+        The interval is that of the order statistics, which asks for no particular distribution:
+        of n sorted samples the two that are ``1.96 * sqrt(n) / 2`` places from the middle.
+        """
+        ordered, count = sorted(self.samples), len(self.samples)
+        reach = _CONFIDENCE * math.sqrt(count) / 2
+        low = ordered[max(0, math.floor((count - 1) / 2 - reach))]
+        high = ordered[min(count - 1, math.ceil((count - 1) / 2 + reach))]
+        return max(high - self.median, self.median - low) / self.median
 
 
 @dataclass(frozen=True)
@@ -222,8 +244,13 @@ def median_times(
     functions: Mapping[str, Callable[[], object]],
     clock: Clock | None = None,
     on_run: Callable[[str], object] | None = None,
+    runs: int | None = None,
 ) -> dict[str, Timing]:
     """Time several functions against each other, in interleaved rounds of cold runs.
+
+    Each gets as many runs as `runs_for` says; then those whose median is not sure (`NARROW`) go on
+    for as long as that takes, up to `MOST_RUNS` or a second. Those are kernels of some
+    microseconds, of which a run's start is a good part.
 
     Parameters
     ----------
@@ -233,6 +260,8 @@ def median_times(
         What times one run; an `EventClock` if None.
     on_run
         Called with a function's name after each of its runs, warm-ups included: for a progress bar.
+    runs
+        How many timed runs each gets, whatever its time and spread; None for the above.
 
     Returns
     -------
@@ -247,17 +276,31 @@ def median_times(
             on_run(name)
         return seconds
 
-    wanted = {}
+    wanted, most = {}, {}
     for name in functions:
         for _ in range(WARM_UPS):
             seconds = run(name)
-        wanted[name] = runs_for(seconds)
+        wanted[name] = runs_for(seconds) if runs is None else runs
+        most[name] = _most_runs(seconds) if runs is None else runs
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    for round_index in range(max(wanted.values(), default=0)):
-        for name in functions:
-            if round_index < wanted[name]:
-                samples[name].append(run(name))
+
+    def goes_on(name: str) -> bool:
+        count = len(samples[name])
+        if count < wanted[name]:
+            return True
+        return count < most[name] and Timing(tuple(samples[name])).spread > NARROW
+
+    going = list(functions)
+    while going := [name for name in going if goes_on(name)]:
+        for name in going:
+            samples[name].append(run(name))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _most_runs(seconds: float) -> int:
+    """Return how many runs a function gets whose median stays unsure: a second's, up to 200."""
+    affordable = int(_SECONDS_FOR_RUNS / max(seconds, _SECONDS_AHEAD))
+    return max(runs_for(seconds), min(MOST_RUNS, affordable))
 
 
 def median_time(function: Callable[[], object], clock: Clock | None = None) -> Timing:

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -220,6 +221,83 @@ class TestPyTorch:
         ]
         assert set(seen.values()) == {seen[i] for i in range(6)}  # timed as judged
         assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
+
+    def test_cudnn_tries_every_algorithm(self, monkeypatch):
+        asked = {}
+        monkeypatch.setattr(torch.backends.cudnn, "flags", lambda **flags: asked.update(flags))
+        for form in bench.pytorch_candidates(("cudnn_float32", "cudnn_tf32")):
+            form.settings()
+            assert asked == dict(
+                enabled=True,
+                benchmark=True,
+                benchmark_limit=0,
+                allow_tf32=form.row.name == "cudnn_tf32",
+            )
+
+    def test_the_fastest_of_cudnns_choices_is_the_one_that_is_measured(self, monkeypatch):
+        here = threading.current_thread()
+        speeds = iter((0.004, 0.002, 0.003))
+        speed_of = threading.local()
+
+        def function(x, weight, bias, **arguments):
+            if not hasattr(speed_of, "seconds"):  # a thread's first call chooses
+                speed_of.seconds = next(speeds)
+            return F.conv_transpose2d(x, weight, bias, **arguments)
+
+        class Clock(FakeClock):
+            def time(self, function):
+                function()
+                return speed_of.seconds
+
+            def repeat(self, function, runs):
+                function()
+                return Repeats(runs * speed_of.seconds, 1e-6)
+
+        def peak(call):
+            call()
+            assert threading.current_thread() is not here
+            return int(1000 * speed_of.seconds)
+
+        monkeypatch.setattr(bench, "F", type("F", (), {"conv_transpose2d": function}))
+        before = threading.active_count()
+        instruments = bench.Instruments("cpu", Clock(), None, peak, choices=3)
+        row = measured(bench.pytorch_candidates(("cudnn_float32",)), instruments=instruments)
+        row = row["cudnn_float32"]
+        assert next(speeds, None) is None  # asked three times, and not for the judging
+        assert row.cold.samples == (0.002,) * measure.RUNS
+        assert row.sustained.seconds == pytest.approx(0.002)
+        assert row.peak_bytes == 2
+        assert threading.active_count() == before
+
+    def test_where_choosing_takes_long_it_is_not_done_often(self, monkeypatch):
+        threads = set()
+
+        def function(x, weight, bias, **arguments):
+            threads.add(threading.current_thread())
+            return F.conv_transpose2d(x, weight, bias, **arguments)
+
+        monkeypatch.setattr(bench, "F", type("F", (), {"conv_transpose2d": function}))
+        monkeypatch.setattr(bench, "_SECONDS_FOR_CHOICES", 0.0)
+        instruments = bench.Instruments("cpu", FakeClock(), None, lambda call: 0, choices=5)
+        measured(bench.pytorch_candidates(("cudnn_float32",)), instruments=instruments)
+        assert len(threads) == bench._FEWEST_CHOICES
+
+    def test_what_fails_while_it_is_chosen_fails_alone(self, monkeypatch):
+        def function(x, weight, bias, **arguments):
+            if x.dtype == torch.float16:
+                raise RuntimeError("no algorithm")
+            return F.conv_transpose2d(x, weight, bias, **arguments)
+
+        monkeypatch.setattr(bench, "F", type("F", (), {"conv_transpose2d": function}))
+        before = threading.active_count()
+        instruments = bench.Instruments("cpu", FakeClock(), None, lambda call: 0, choices=2)
+        forms = bench.pytorch_candidates(("cudnn_float16", "cudnn_float32"))
+        rows = measured([*forms, candidate("a", FakeStage())], instruments=instruments)
+        assert rows["cudnn_float16"].failure == "RuntimeError: no algorithm"
+        assert rows["cudnn_float32"].is_right
+        assert rows["cudnn_float32"].sustained
+        assert list(rows) == ["cudnn_float16", "cudnn_float32", "a"]
+        assert threading.active_count() == before
 
     def test_it_is_judged_but_not_gated(self):
         rows = measured(bench.pytorch_candidates(("cudnn_float32", "cudnn_float16")))

@@ -49,6 +49,36 @@ class TestRuns:
         assert rounds == ["slow", "fast"] * 5 + ["fast"] * 15
         assert {name: len(t.samples) for name, t in timings.items()} == {"slow": 5, "fast": 20}
 
+    def test_what_is_not_sure_goes_on_until_it_is(self):
+        noise = [0.9e-5, 1.1e-5] * 30
+        clock = ScriptedClock({"a": [1e-5] * 3 + noise + [1e-5] * 200, "b": [1e-5] * 23})
+        timings = measure.median_times(functions("a", "b"), clock)
+        assert len(timings["b"].samples) == measure.RUNS
+        count = len(timings["a"].samples)
+        assert 60 < count < measure.MOST_RUNS
+        assert timings["a"].spread <= measure.NARROW
+        assert measure.Timing(timings["a"].samples[:-1]).spread > measure.NARROW
+
+    @pytest.mark.parametrize(("seconds", "most"), [(1e-5, 200), (0.01, 100), (0.04, 25), (0.3, 5)])
+    def test_what_is_never_sure_ends(self, seconds, most):
+        noise = [0.8 * seconds, 1.2 * seconds] * 100
+        clock = ScriptedClock({"a": [seconds] * 3 + noise})
+        assert len(measure.median_times(functions("a"), clock)["a"].samples) == most
+
+    def test_as_many_runs_as_asked_for(self):
+        clock = ScriptedClock({"a": [1e-5] * 3 + [1e-5, 2e-5] * 3 + [9.0]})
+        assert len(measure.median_times(functions("a"), clock, runs=6)["a"].samples) == 6
+
+    def test_the_spread_is_that_of_the_order_statistics(self):
+        # Of 100 samples, 9.8 places to either side of the middle, 49.5: numbers 39 and 60.
+        values = [float(i) for i in range(100, 200)]
+        timing = measure.Timing(tuple(reversed(values)))
+        assert timing.median == 149.5
+        assert timing.spread == pytest.approx((160 - 149.5) / 149.5)
+        assert measure.Timing((2.0, 2.0, 2.0)).spread == 0
+        assert measure.Timing((2.0,)).spread == 0
+        assert measure.Timing((1.0, 2.0, 4.0)).spread == 1
+
     def test_progress_is_told_of_every_run(self):
         clock = ScriptedClock({"a": [0.001] * 23})
         told = []
