@@ -19,14 +19,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +68,7 @@ from convt_lab.records import (
     Shape,
 )
 from convt_lab.stages import stages
+from convt_lab.tasks import Task, cold_times, cudnn_at_its_best, with_best_choice
 
 __all__ = [
     "SHAPES",
@@ -79,7 +79,8 @@ __all__ = [
     "bench",
     "compare",
     "comparison",
-    "cudnn_at_its_best",
+    "converted",
+    "drawn",
     "growth_candidates",
     "growth_problems",
     "measure_ceilings",
@@ -111,12 +112,7 @@ _BASE = Problem(8, 32, 32, 128, 128, kernel_size=(3, 7))
 
 _KERNELS = ((1, 1), (1, 3), (3, 3), (3, 5), (3, 7), (5, 5), (5, 9), (7, 7), (11, 11))
 
-_T = TypeVar("_T")
-
-# How often cuDNN is asked to choose an algorithm: the fewest times, the most, and the seconds after
-# which it is not asked again.
-_FEWEST_CHOICES, _MOST_CHOICES, _SECONDS_FOR_CHOICES = 2, 5, 1.5
-_RUNS_TO_COMPARE_CHOICES = 3
+_MOST_CHOICES = 5  # how often cuDNN is asked to choose an algorithm, where that does not take long
 
 _GEMM_SIDE = 8192
 _COPY_BYTES = 2**30
@@ -363,13 +359,6 @@ class Candidate:
         return cudnn_at_its_best(bool(self.row.allow_tf32))
 
 
-def cudnn_at_its_best(allow_tf32: bool) -> AbstractContextManager[object]:
-    """Return a context in which cuDNN tries every algorithm that it has, and takes the fastest."""
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=True, benchmark_limit=0, allow_tf32=allow_tf32
-    )
-
-
 def stage_candidates(names: Sequence[str] | None = None) -> list[Candidate]:
     """Return the stages called `names`; the whole registry, in order, if None."""
     return [
@@ -386,83 +375,11 @@ def pytorch_candidates(names: Sequence[str] = tuple(PYTORCH_ROWS)) -> list[Candi
     ]
 
 
-class _Thread:
-    """A thread of its own for a row's runs: PyTorch keeps cuDNN's choices by thread.
-
-    cuDNN chooses by one run of each algorithm, so that it takes now this and now that one of two
-    which are nearly as fast warm. Another thread is the only way to have it choose again.
-    """
-
-    def __init__(self, device: str) -> None:
-        index = torch.cuda.current_device() if device == "cuda" else None
-        initialise = (lambda: None) if index is None else partial(torch.cuda.set_device, index)
-        self._executor = ThreadPoolExecutor(1, initializer=initialise)
-
-    def run(self, work: Callable[[], _T]) -> _T:
-        return self._executor.submit(work).result()
-
-    def close(self) -> None:
-        self._executor.shutdown()
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A candidate's call with its inputs, and the thread to run it in (this one if None)."""
-
-    candidate: Candidate
-    call: Callable[[], torch.Tensor]
-    thread: _Thread | None = None
-
-    def __call__(self) -> torch.Tensor:
-        with self.candidate.settings():
-            return self.call()
-
-    def run(self, work: Callable[[], _T]) -> _T:
-        """Run something in the task's thread."""
-        return work() if self.thread is None else self.thread.run(work)
-
-
-class _TaskClock:
-    """A clock that times each task in its own thread."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def time(self, task: _Task) -> float:
-        return task.run(partial(self._clock.time, task))
-
-
-def _with_best_choice(task: _Task, tools: Instruments) -> _Task:
-    """Let cuDNN choose an algorithm several times; return the task in the fastest one's thread."""
-    if task.candidate.row.kind != "pytorch" or tools.choices == 0:
-        return task
-    best, fastest = None, math.inf
-    begin = time.monotonic()
-    for count in range(tools.choices):
-        if count >= _FEWEST_CHOICES and time.monotonic() - begin > _SECONDS_FOR_CHOICES:
-            break
-        tried = replace(task, thread=_Thread(tools.device))
-        try:
-            tried.run(tried)
-            times = [_TaskClock(tools.clock).time(tried) for _ in range(_RUNS_TO_COMPARE_CHOICES)]
-        except BaseException:
-            for thread in (tried.thread, best and best.thread):
-                if thread:
-                    thread.close()
-            raise
-        seconds = statistics.median(times)
-        loser = tried
-        if seconds < fastest:
-            best, fastest, loser = tried, seconds, best
-        if loser:
-            loser.thread.close()
-    return best
-
-
 _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-def _converted(inputs: _Inputs, dtype: str, memory_format: str) -> _Inputs:
+def converted(inputs: _Inputs, dtype: str, memory_format: str) -> _Inputs:
+    """Return x, weight and bias as ``float32`` or ``float16``, contiguous or channels last."""
     x, weight, bias = inputs
     form = dict(dtype=_DTYPES[dtype], memory_format=_FORMATS[memory_format])
     return x.to(**form), weight.to(**form), None if bias is None else bias.to(_DTYPES[dtype])
@@ -504,7 +421,7 @@ def measure_problem(
     """
     with ExitStack() as open_threads:
         forms: dict[tuple[str, str], _Inputs] = {}
-        tasks: dict[str, _Task] = {}
+        tasks: dict[str, Task] = {}
         rows: dict[str, Row] = {}
         for candidate in candidates:
             name = candidate.row.name
@@ -512,9 +429,9 @@ def measure_problem(
             rows[name] = candidate.row
             try:
                 if candidate.form not in forms:
-                    forms[candidate.form] = _converted(inputs, *candidate.form)
+                    forms[candidate.form] = converted(inputs, *candidate.form)
                 call = partial(candidate.function, *forms[candidate.form], **problem.arguments)
-                tasks[name] = _with_best_choice(_Task(candidate, call), tools)
+                tasks[name] = _task(candidate, call, tools)
             except Exception as error:
                 rows[name] = _failed(candidate.row, error)
                 continue
@@ -528,7 +445,7 @@ def measure_problem(
         for name, task in list(tasks.items()):
             on_step(f"judging {name}")
             try:
-                rows[name] = _judged(task, truth, images)
+                rows[name] = _judged(rows[name], task, truth, images)
             except Exception as error:
                 rows[name] = _failed(rows[name], error)
             if rows[name].status != "ok":
@@ -546,7 +463,11 @@ def measure_problem(
                 rows[name] = _failed(rows[name], error)
                 del tasks[name]
 
-        for name, cold in _cold(tasks, rows, tools, on_step).items():
+        def fails(name: str, error: Exception) -> None:
+            rows[name] = _failed(rows[name], error)
+
+        colds = cold_times(tasks, tools.clock, lambda name: on_step(f"cold {name}"), fails)
+        for name, cold in colds.items():
             rows[name] = replace(rows[name], cold=cold)
             if not sustained:
                 continue
@@ -558,15 +479,21 @@ def measure_problem(
     return tuple(rows.values())
 
 
-def _sustained(task: _Task, cold: Timing, tools: Instruments) -> Sustained:
-    with task.candidate.settings():
+def _task(candidate: Candidate, call: Callable[[], torch.Tensor], tools: Instruments) -> Task:
+    task = Task(candidate.row.name, call, candidate.settings)
+    if candidate.row.kind != "pytorch":
+        return task
+    return with_best_choice(task, tools.clock, tools.device, tools.choices)
+
+
+def _sustained(task: Task, cold: Timing, tools: Instruments) -> Sustained:
+    with task.settings():
         work = partial(sustained_time, task.call, cold.median, tools.clock, tools.sampler)
         return task.run(work)
 
 
-def _judged(task: _Task, exact_result: Any, images: Sequence[int] | None) -> Row:
-    candidate = task.candidate
-    is_stage = candidate.row.kind == "stage"
+def _judged(row: Row, task: Task, exact_result: Any, images: Sequence[int] | None) -> Row:
+    is_stage = row.kind == "stage"
     with poisoned() if is_stage else nullcontext():
         output = task.run(task)
     errors = judge(output if images is None else output[list(images)], exact_result)
@@ -574,34 +501,13 @@ def _judged(task: _Task, exact_result: Any, images: Sequence[int] | None) -> Row
         errors = replace(errors, relative_l2=math.inf, condition=math.inf)
     kept = RowErrors(errors.relative_l2, errors.condition, errors.gate)
     wrong = is_stage and not errors.is_right
-    return replace(candidate.row, status="wrong" if wrong else "ok", errors=kept)
+    return replace(row, status="wrong" if wrong else "ok", errors=kept)
 
 
 def _failed(row: Row, error: Exception) -> Row:
     """Return the row of what raised; a traceback would keep the tensors alive."""
     message = " ".join(f"{type(error).__name__}: {error}".split())
     return replace(row, status="failed", failure=message[:500], cold=None, sustained=None)
-
-
-def _cold(
-    tasks: dict[str, _Task], rows: dict[str, Row], tools: Instruments, on_step: Step
-) -> dict[str, Timing]:
-    """Time cold runs in interleaved rounds; whatever fails is left out and the rest done again."""
-    while tasks:
-        running = ""
-
-        class Watched(_TaskClock):
-            def time(self, task: _Task) -> float:
-                nonlocal running
-                running = task.candidate.row.name
-                return super().time(task)
-
-        try:
-            return median_times(tasks, Watched(tools.clock), lambda name: on_step(f"cold {name}"))
-        except RuntimeError as error:
-            rows[running] = _failed(rows[running], error)
-            del tasks[running]
-    return {}
 
 
 # ---- Growth --------------------------------------------------------------------------------------
@@ -638,7 +544,7 @@ def growth_problems() -> dict[str, tuple[tuple[int, Problem], ...]]:
     }
 
 
-def _drawn(problem: Problem, seed: int, device: str) -> _Inputs:
+def drawn(problem: Problem, seed: int, device: str) -> _Inputs:
     """Draw inputs as `Problem.random_inputs` does, but on the device: some are gigabytes."""
     generator = torch.Generator(device).manual_seed(seed)
     terms = problem.in_channels // problem.groups * math.prod(problem.kernel_size)
@@ -693,8 +599,8 @@ def _measure(part: str, machine: _Machine, names: Sequence[str], seed: int, resu
                 problem = SHAPES[name]
                 step = partial(on_step, prefix=f"{name}: ")
                 with _room_for(name, tools.device):
-                    drawn = partial(problem.random_inputs, seed, tools.device)
-                    rows = measure_problem(problem, drawn(), candidates, tools, on_step=step)
+                    draw = partial(problem.random_inputs, seed, tools.device)
+                    rows = measure_problem(problem, draw(), candidates, tools, on_step=step)
                     results.shapes.append(Shape(name, problem, rows))
         else:
             for axis, points in growth_problems().items():
@@ -704,7 +610,7 @@ def _measure(part: str, machine: _Machine, names: Sequence[str], seed: int, resu
                     with _room_for(name, tools.device):
                         rows = measure_problem(
                             problem,
-                            _drawn(problem, seed, tools.device),
+                            drawn(problem, seed, tools.device),
                             growth_candidates(),
                             tools,
                             images=sorted({0, problem.batch - 1}),

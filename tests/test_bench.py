@@ -14,7 +14,7 @@ from records_for_tests import PROBLEM, pytorch, record, stage
 
 import convt_lab as lab
 import convt_lab.__main__ as command_line
-from convt_lab import Problem, bench, figures, measure, records
+from convt_lab import Problem, bench, figures, measure, records, tasks
 from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.measure import Load, Repeats, Sampler
 from convt_lab.records import PYTORCH_ROWS, Row, Shape
@@ -277,10 +277,10 @@ class TestPyTorch:
             return F.conv_transpose2d(x, weight, bias, **arguments)
 
         monkeypatch.setattr(bench, "F", type("F", (), {"conv_transpose2d": function}))
-        monkeypatch.setattr(bench, "_SECONDS_FOR_CHOICES", 0.0)
+        monkeypatch.setattr(tasks, "SECONDS_FOR_CHOICES", 0.0)
         instruments = bench.Instruments("cpu", FakeClock(), None, lambda call: 0, choices=5)
         measured(bench.pytorch_candidates(("cudnn_float32",)), instruments=instruments)
-        assert len(threads) == bench._FEWEST_CHOICES
+        assert len(threads) == tasks.FEWEST_CHOICES
 
     def test_what_fails_while_it_is_chosen_fails_alone(self, monkeypatch):
         def function(x, weight, bias, **arguments):
@@ -344,12 +344,12 @@ class TestGrowth:
 
     def test_inputs_are_of_the_order_of_one(self):
         problem = Problem(4, 8, 8, 30, 30, kernel_size=5)
-        x, weight, bias = bench._drawn(problem, 3, "cpu")
+        x, weight, bias = bench.drawn(problem, 3, "cpu")
         assert (x.shape, weight.shape) == (problem.input_shape, problem.weight_shape)
         assert bias is None
         output = F.conv_transpose2d(x, weight)
         assert 0.5 < output[..., 4:-4, 4:-4].std() < 2
-        again, other = bench._drawn(problem, 3, "cpu")[0], bench._drawn(problem, 4, "cpu")[0]
+        again, other = bench.drawn(problem, 3, "cpu")[0], bench.drawn(problem, 4, "cpu")[0]
         assert torch.equal(x, again)
         assert not torch.equal(x, other)
 
