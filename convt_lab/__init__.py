@@ -7,7 +7,7 @@ Engineers import `conv_transpose2d` and `ConvTranspose2d`; learners use `stages`
 from convt_lab import reference
 from convt_lab.build import BuildError
 from convt_lab.errors import CompileError, KernelError
-from convt_lab.module import ConvTranspose2d
+from convt_lab.module import ConvTranspose2d, replace_conv_transpose
 from convt_lab.operator import conv_transpose2d
 from convt_lab.problem import Problem, ProblemError
 from convt_lab.program import Program, compile
@@ -27,5 +27,6 @@ __all__ = [
     "compile",
     "conv_transpose2d",
     "reference",
+    "replace_conv_transpose",
     "stages",
 ]
