@@ -86,6 +86,7 @@ __all__ = [
     "SCHEMA",
     "Ceiling",
     "Ceilings",
+    "Node",
     "Point",
     "Record",
     "RecordError",
@@ -99,8 +100,18 @@ __all__ = [
     "load_named",
     "names",
     "point_name",
+    "read_day",
+    "read_errors",
+    "read_gpu",
+    "read_json",
+    "read_problem",
+    "read_software",
+    "require_different",
+    "require_schema",
+    "rounded",
     "save",
     "slug",
+    "text_of",
     "to_json",
     "write_text",
 ]
@@ -408,8 +419,11 @@ def _named(what: str, name: str, items: Sequence[_T], of: str = "") -> _T:
 # ---- Reading, with every check -------------------------------------------------------------------
 
 
-class _Node:
-    """A JSON value with its place in the file; its methods check it and return it."""
+class Node:
+    """A JSON value with its place in the file; its methods check it and return it.
+
+    Every kind of record is read with it, so that all say in the same words what is wrong.
+    """
 
     def __init__(self, value: Any, place: str, file: str) -> None:
         self.value = value
@@ -423,7 +437,7 @@ class _Node:
             shown = shown[:57] + "..."
         return RecordError(f"{self.file}: {self.place or 'the file'} = {shown}: must be {right}")
 
-    def fields(self, *names: str) -> list[_Node]:
+    def fields(self, *names: str) -> list[Node]:
         """Return the values of an object that has these fields and no others."""
         members = self.members()
         for name in names:
@@ -432,55 +446,65 @@ class _Node:
         for name in members:
             if name not in names:
                 raise RecordError(
-                    f"{self.file}: {self._at(name)} is no field of schema {SCHEMA}: it must be one "
-                    f"of {', '.join(names)}"
+                    f"{self.file}: {self._at(name)} is no field of this schema: it must be "
+                    f"one of {', '.join(names)}"
                 )
         return [members[name] for name in names]
 
-    def members(self) -> dict[str, _Node]:
+    def members(self) -> dict[str, Node]:
+        """Return the values of an object by name."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
-        return {k: _Node(v, self._at(k), self.file) for k, v in self.value.items()}
+        return {k: Node(v, self._at(k), self.file) for k, v in self.value.items()}
 
-    def items(self) -> list[_Node]:
+    def items(self) -> list[Node]:
+        """Return the values of a list."""
         if not isinstance(self.value, list):
             raise self.wrong("a list")
-        return [_Node(v, f"{self.place}[{i}]", self.file) for i, v in enumerate(self.value)]
+        return [Node(v, f"{self.place}[{i}]", self.file) for i, v in enumerate(self.value)]
 
-    def optional(self, read: Callable[[_Node], _T]) -> _T | None:
+    def optional(self, read: Callable[[Node], _T]) -> _T | None:
+        """Return null as None, and anything else as `read` reads it."""
         return None if self.value is None else read(self)
 
     def text(self) -> str:
+        """Return a text that is not empty."""
         if not isinstance(self.value, str) or not self.value:
             raise self.wrong("a text that is not empty")
         return self.value
 
     def choice(self, *options: str) -> str:
+        """Return a text that is one of `options`."""
         if self.value not in options:
             raise self.wrong("one of " + ", ".join(json.dumps(option) for option in options))
         return self.value
 
     def boolean(self) -> bool:
+        """Return true or false."""
         if not isinstance(self.value, bool):
             raise self.wrong("true or false")
         return self.value
 
     def integer(self, lowest: int) -> int:
+        """Return an integer of at least `lowest`."""
         if not isinstance(self.value, int) or isinstance(self.value, bool) or self.value < lowest:
             raise self.wrong(f"an integer of at least {lowest}")
         return self.value
 
     def number(self, lowest: float = 0.0) -> float:
+        """Return a finite number of at least `lowest`."""
         if not self._is_number() or self.value < lowest:
             raise self.wrong(f"a finite number of at least {lowest:g}")
         return float(self.value)
 
     def positive(self) -> float:
+        """Return a finite number above 0."""
         if not self._is_number() or self.value <= 0:
             raise self.wrong("a finite number above 0")
         return float(self.value)
 
     def error(self) -> float:
+        """Return a finite number of at least 0, or what ``"inf"`` stands for."""
         if self.value == "inf":
             return math.inf
         if not self._is_number() or self.value < 0:
@@ -517,12 +541,8 @@ def from_json(value: Any, file: str = "record") -> Record:
         If it is not as the schema says; it names the file, the field, its value and what would be
         right.
     """
-    root = _Node(value, "", file)
-    version = root.members().get("schema")
-    if version is None:
-        raise RecordError(f"{file}: schema is missing: it must be {SCHEMA}")
-    if version.value != SCHEMA or isinstance(version.value, bool):
-        raise version.wrong(f"{SCHEMA}, the version that this package reads")
+    root = Node(value, "", file)
+    require_schema(root, SCHEMA)
     (_, what, gpu, software, day, seed, seconds, parts, meaning, ceilings, shapes, growth) = (
         root.fields(
             *("schema", "what", "gpu", "software", "date", "seed", "seconds", "parts"),
@@ -532,9 +552,9 @@ def from_json(value: Any, file: str = "record") -> Record:
     what.text()
     chosen = tuple(part.choice(*PARTS) for part in parts.items())
     record = Record(
-        gpu=_gpu(gpu),
-        software=Software(*(n.text() for n in software.fields(*Software.__dataclass_fields__))),
-        date=_day(day),
+        gpu=read_gpu(gpu),
+        software=read_software(software),
+        date=read_day(day),
         seed=seed.integer(0),
         seconds=seconds.number(),
         parts=chosen,
@@ -545,14 +565,23 @@ def from_json(value: Any, file: str = "record") -> Record:
         shapes=tuple(_shape(node) for node in shapes.items()),
         growth={name: _curve(name, node) for name, node in _known(growth, AXES)},
     )
-    _different(shapes, [shape.name for shape in record.shapes], "name")
+    require_different(shapes, [shape.name for shape in record.shapes], "name")
     for part, node in zip(PARTS, (ceilings, shapes, growth), strict=True):
         if node.value and part not in chosen:
             raise node.wrong(f"empty, because parts does not name {part}")
     return record
 
 
-def _known(node: _Node, names: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, _Node]]:
+def require_schema(root: Node, schema: int) -> None:
+    """Refuse a file of another version than `schema`."""
+    version = root.members().get("schema")
+    if version is None:
+        raise RecordError(f"{root.file}: schema is missing: it must be {schema}")
+    if version.value != schema or isinstance(version.value, bool):
+        raise version.wrong(f"{schema}, the version that this package reads")
+
+
+def _known(node: Node, names: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Node]]:
     members = node.members()
     for name, member in members.items():
         if name not in names:
@@ -562,14 +591,16 @@ def _known(node: _Node, names: Sequence[str] | Mapping[str, Any]) -> list[tuple[
     return list(members.items())
 
 
-def _different(node: _Node, names: Sequence[str], what: str) -> None:
+def require_different(node: Node, names: Sequence[str], what: str) -> None:
+    """Refuse a list in which a name occurs twice; `what` is the field that has it."""
     for index, name in enumerate(names):
         if name in names[:index]:
-            again = _Node(name, f"{node.place}[{index}].{what}", node.file)
+            again = Node(name, f"{node.place}[{index}].{what}", node.file)
             raise again.wrong("another than those before it")
 
 
-def _day(node: _Node) -> str:
+def read_day(node: Node) -> str:
+    """Return a date, ``YYYY-MM-DD``."""
     try:
         if date.fromisoformat(node.text()).isoformat() == node.value:
             return node.value
@@ -579,7 +610,8 @@ def _day(node: _Node) -> str:
     raise node.wrong("a date in the form YYYY-MM-DD")
 
 
-def _gpu(node: _Node) -> GPU:
+def read_gpu(node: Node) -> GPU:
+    """Return a description of a GPU."""
     name, capability, sms, memory, l2, power, clock, driver = node.fields(*GPU.__dataclass_fields__)
     version = [part.integer(0) for part in capability.items()]
     if len(version) != 2:
@@ -590,14 +622,19 @@ def _gpu(node: _Node) -> GPU:
         multiprocessors=sms.integer(1),
         memory_bytes=memory.integer(1),
         l2_bytes=l2.integer(0),
-        power_limit_watts=power.optional(_Node.positive),
-        max_sm_clock_mhz=clock.optional(_Node.positive),
-        driver=driver.optional(_Node.text),
+        power_limit_watts=power.optional(Node.positive),
+        max_sm_clock_mhz=clock.optional(Node.positive),
+        driver=driver.optional(Node.text),
     )
 
 
-def _ceiling(name: str) -> Callable[[_Node], Ceiling]:
-    def read(node: _Node) -> Ceiling:
+def read_software(node: Node) -> Software:
+    """Return versions."""
+    return Software(*(version.text() for version in node.fields(*Software.__dataclass_fields__)))
+
+
+def _ceiling(name: str) -> Callable[[Node], Ceiling]:
+    def read(node: Node) -> Ceiling:
         work, unit, cold, sustained = node.fields("work", "unit", "cold", "sustained")
         return Ceiling(
             work=work.integer(1),
@@ -609,7 +646,7 @@ def _ceiling(name: str) -> Callable[[_Node], Ceiling]:
     return read
 
 
-def _timing(node: _Node) -> Timing:
+def _timing(node: Node) -> Timing:
     median, samples = node.fields("median_seconds", "samples_seconds")
     timing = Timing(tuple(sample.positive() for sample in samples.items()))
     if not timing.samples:
@@ -619,21 +656,22 @@ def _timing(node: _Node) -> Timing:
     return timing
 
 
-def _sustained(node: _Node) -> Sustained:
+def _sustained(node: Node) -> Sustained:
     seconds, runs, enqueue, samples, clock, power, temperature = node.fields(
         *("seconds", "runs", "enqueue_seconds"),
         *("samples", "sm_clock_mhz", "power_watts", "temperature_c"),
     )
     load = Load(
         samples=samples.integer(0),
-        sm_clock_mhz=clock.optional(_Node.number),
-        power_watts=power.optional(_Node.number),
-        temperature_c=temperature.optional(_Node.number),
+        sm_clock_mhz=clock.optional(Node.number),
+        power_watts=power.optional(Node.number),
+        temperature_c=temperature.optional(Node.number),
     )
     return Sustained(seconds.positive(), runs.integer(1), enqueue.number(), load)
 
 
-def _problem(node: _Node) -> Problem:
+def read_problem(node: Node) -> Problem:
+    """Return a problem, all of whose arguments must be there."""
     fields = tuple(Problem.__dataclass_fields__)
     node.fields(*fields)
     arguments = {
@@ -646,24 +684,24 @@ def _problem(node: _Node) -> Problem:
         raise RecordError(f"{node.file}: {node.place}: {error}") from None
 
 
-def _rows(node: _Node) -> tuple[Row, ...]:
+def _rows(node: Node) -> tuple[Row, ...]:
     rows = tuple(_row(item) for item in node.items())
-    _different(node, [row.name for row in rows], "name")
+    require_different(node, [row.name for row in rows], "name")
     return rows
 
 
-def _shape(node: _Node) -> Shape:
+def _shape(node: Node) -> Shape:
     name, problem, rows = node.fields("name", "problem", "rows")
-    return Shape(name.text(), _problem(problem), _rows(rows))
+    return Shape(name.text(), read_problem(problem), _rows(rows))
 
 
-def _curve(axis: str, node: _Node) -> tuple[Point, ...]:
+def _curve(axis: str, node: Node) -> tuple[Point, ...]:
     points: list[Point] = []
     for item in node.items():
         value, problem, rows = item.fields("value", "problem", "rows")
         lowest = points[-1].value + 1 if points else 1
         number = value.integer(lowest)
-        points.append(Point(point_name(axis, number), _problem(problem), _rows(rows), number))
+        points.append(Point(point_name(axis, number), read_problem(problem), _rows(rows), number))
     return tuple(points)
 
 
@@ -672,7 +710,7 @@ def point_name(axis: str, value: int) -> str:
     return f"{axis} {value}"
 
 
-def _row(node: _Node) -> Row:
+def _row(node: Node) -> Row:
     (name, kind, dtype, layout, tf32, status, failure, errors, cold, sustained, peak) = node.fields(
         *Row.__dataclass_fields__
     )
@@ -681,10 +719,10 @@ def _row(node: _Node) -> Row:
         kind=kind.choice("stage", "pytorch"),
         dtype=dtype.choice("float32", "float16"),
         memory_format=layout.choice("contiguous", "channels_last"),
-        allow_tf32=tf32.optional(_Node.boolean),
+        allow_tf32=tf32.optional(Node.boolean),
         status=status.choice("ok", "wrong", "failed"),
-        failure=failure.optional(_Node.text),
-        errors=errors.optional(_row_errors),
+        failure=failure.optional(Node.text),
+        errors=errors.optional(read_errors),
         cold=cold.optional(_timing),
         sustained=sustained.optional(_sustained),
         peak_bytes=peak.optional(lambda n: n.integer(0)),
@@ -715,7 +753,8 @@ def _row(node: _Node) -> Row:
     return row
 
 
-def _row_errors(node: _Node) -> RowErrors:
+def read_errors(node: Node) -> RowErrors:
+    """Return how wrong a result is."""
     relative, condition, gate = node.fields(*RowErrors.__dataclass_fields__)
     return RowErrors(relative.error(), condition.error(), gate.positive())
 
@@ -732,7 +771,7 @@ def to_json(record: Record) -> dict[str, Any]:
         "software": asdict(record.software),
         "date": record.date,
         "seed": record.seed,
-        "seconds": _rounded(record.seconds),
+        "seconds": rounded(record.seconds),
         "parts": list(record.parts),
         "meaning": dict(record.meaning),
         "ceilings": {
@@ -761,28 +800,28 @@ def _shape_json(shape: Shape) -> dict[str, Any]:
 def _row_json(row: Row) -> dict[str, Any]:
     return {
         **{name: getattr(row, name) for name in Row.__dataclass_fields__},
-        "errors": row.errors and {k: _rounded(v) for k, v in asdict(row.errors).items()},
+        "errors": row.errors and {k: rounded(v) for k, v in asdict(row.errors).items()},
         "cold": row.cold and _timing_json(row.cold),
         "sustained": row.sustained and _sustained_json(row.sustained),
     }
 
 
 def _timing_json(timing: Timing) -> dict[str, Any]:
-    samples = [_rounded(sample) for sample in timing.samples]
+    samples = [rounded(sample) for sample in timing.samples]
     return {"median_seconds": statistics.median(samples), "samples_seconds": samples}
 
 
 def _sustained_json(sustained: Sustained) -> dict[str, Any]:
-    load = {name: _rounded(value, 5) for name, value in asdict(sustained.load).items()}
+    load = {name: rounded(value, 5) for name, value in asdict(sustained.load).items()}
     return {
-        "seconds": _rounded(sustained.seconds),
+        "seconds": rounded(sustained.seconds),
         "runs": sustained.runs,
-        "enqueue_seconds": _rounded(sustained.enqueue_seconds),
+        "enqueue_seconds": rounded(sustained.enqueue_seconds),
         **load,
     }
 
 
-def _rounded(value: float | None, digits: int = 7) -> float | str | None:
+def rounded(value: float | None, digits: int = 7) -> float | str | None:
     """Keep as many digits as a measurement has, so that the file stays small."""
     if value is None or isinstance(value, int):
         return value
@@ -812,7 +851,12 @@ def save(record: Record, path: Path) -> None:
 
 def as_text(record: Record) -> str:
     """Return the text of a record's file; nothing is checked."""
-    text = json.dumps(to_json(record), indent=1)
+    return text_of(to_json(record))
+
+
+def text_of(value: Any) -> str:
+    """Return a JSON value as text, as every record is written."""
+    text = json.dumps(value, indent=1, allow_nan=False)
     # A list of numbers on one line: a run of twenty samples is not worth twenty lines.
     text = re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     return text + "\n"
@@ -862,11 +906,23 @@ def load(path: Path | str) -> Record:
     OSError
         If it can't be read.
     """
+    return from_json(read_json(path), str(path))
+
+
+def read_json(path: Path | str) -> Any:
+    """Parse a JSON file.
+
+    Raises
+    ------
+    RecordError
+        If the file is no JSON.
+    OSError
+        If it can't be read.
+    """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # no UTF-8, or no JSON
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
         raise RecordError(f"{path}: is no JSON: {error}") from None
-    return from_json(value, str(path))
 
 
 def slug(gpu: str) -> str:
@@ -876,7 +932,7 @@ def slug(gpu: str) -> str:
 
 def names(folder: Path = FOLDER) -> tuple[str, ...]:
     """Return the names of this module's records in `folder`, which also holds other kinds."""
-    other = re.compile(r"architectures|.*-(counters|profiles)")
+    other = re.compile(r"architectures|.*-(counters|operator|profiles)")
     return tuple(sorted(p.stem for p in folder.glob("*.json") if not other.fullmatch(p.stem)))
 
 

@@ -167,7 +167,7 @@ CORRUPTIONS = [
     ("schema", 2, "schema = 2: must be 1"),
     ("schema", True, "schema = true: must be 1"),
     ("what", "", 'what = "": must be a text that is not empty'),
-    ("color", "red", "color is no field of schema 1: it must be one of schema, what, gpu"),
+    ("color", "red", "color is no field of this schema: it must be one of schema, what, gpu"),
     ("gpu", [], "gpu = []: must be an object"),
     ("gpu.name", DELETE, "gpu.name is missing"),
     ("gpu.name", 3, "gpu.name = 3: must be a text"),
