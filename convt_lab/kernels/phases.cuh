@@ -119,14 +119,20 @@ __device__ __forceinline__ Position position_of(const Place& at, const Tiling& t
   return {image, at.row, at.column + (at.stripe - image * tiles.stripes) * tiles.stripe};
 }
 
-// What a block computes.
+// What a block computes, in shared memory: registers are for sums.
 struct Tile {
   Phase along_h, along_w;
   int first_co, group;  // the first output channel, within the group
   int n;                // the flat axis's first image
   int64_t first;        // the first pixel, on the flat axis
-  int64_t plane_size;   // of the input
-  int vector;           // inputs that are copied at once
+  int channels, taps;   // of the input, and of the phase
+  int pitch;            // from row to row
+  int span, vectors;    // inputs of one channel, and in how many pieces of `vector` they are copied
+  int vector;
+  int weights_at;        // behind the inputs of a chunk
+  int buffer_floats;     // of a chunk
+  int64_t plane_size;    // from one input channel to the next,
+  int64_t filters_size;  // and from its weights to those of the next
 };
 
 __device__ __forceinline__ void copy_input(float* to, const float* plane, int place, bool is_wanted,
@@ -145,7 +151,6 @@ struct Copier {
   const int* places;      // where this thread's vectors of inputs lie
   const int* tap_places;  // and its next weight
   const Tile& tile;
-  int span;
   int channels_left, taps_left;
 
   __device__ __forceinline__ void begin(int channels, float* x, float* w, const int* first_tap,
@@ -161,8 +166,8 @@ struct Copier {
     const bool is_wanted = channels_left > 0;
     copy_input(to_x, from_x, places[0], is_wanted, tile.vector);
     copy_input(to_x + THREADS * tile.vector, from_x, places[THREADS], is_wanted, tile.vector);
-    if (is_wanted) from_x += tile.plane_size;
-    to_x += span;
+    from_x += tile.plane_size;
+    to_x += tile.span;
     --channels_left;
   }
   // Of SEGMENT taps for BLOCK_CO channels each thread copies one weight at most.
@@ -201,7 +206,7 @@ __device__ __forceinline__ void add_taps(float (&sum)[THREAD_CO][S::THREAD_W], c
 // All rows of taps of some channels, TAPS in each.
 template <class S, int TAPS>
 __device__ __forceinline__ void add_rows(float (&sum)[THREAD_CO][S::THREAD_W], const float* x,
-                                         const float* w, int channels, int taps_h, int pitch,
+                                         const float* w, int channels, int taps_h,
                                          Copier<S>& copier) {
 #pragma unroll 1
   for (int c = 0; c < channels; ++c) {
@@ -212,10 +217,10 @@ __device__ __forceinline__ void add_rows(float (&sum)[THREAD_CO][S::THREAD_W], c
       const int place = copier.next_tap();
       add_taps<S, TAPS>(sum, from, w);
       copier.copy_weight(place);
-      from -= pitch;
+      from -= copier.tile.pitch;
       w += TAPS * S::BLOCK_CO;
     }
-    x += copier.span;
+    x += copier.tile.span;
   }
 }
 
@@ -223,7 +228,7 @@ __device__ __forceinline__ void add_rows(float (&sum)[THREAD_CO][S::THREAD_W], c
 template <class S>
 __device__ __forceinline__ void add_long_rows(float (&sum)[THREAD_CO][S::THREAD_W], const float* x,
                                               const float* w, int channels, int taps_h, int taps_w,
-                                              int pitch, Copier<S>& copier) {
+                                              Copier<S>& copier) {
   const int segments = taps_w / SEGMENT, left_over = taps_w % SEGMENT;
 #pragma unroll 1
   for (int c = 0; c < channels; ++c) {
@@ -248,17 +253,16 @@ __device__ __forceinline__ void add_long_rows(float (&sum)[THREAD_CO][S::THREAD_
         copier.copy_weight(place);
         w += SEGMENT * S::BLOCK_CO;
       }
-      first -= pitch;
+      first -= copier.tile.pitch;
     }
-    x += copier.span;
+    x += copier.tile.span;
   }
 }
 
 // And for very few taps, ROWS x TAPS: SEGMENT of them at a time, of several channels.
 template <class S, int ROWS, int TAPS>
 __device__ __forceinline__ void add_channels(float (&sum)[THREAD_CO][S::THREAD_W], const float* x,
-                                             const float* w, int channels, int pitch,
-                                             Copier<S>& copier) {
+                                             const float* w, int channels, Copier<S>& copier) {
   constexpr int CHANNELS = SEGMENT / (ROWS * TAPS);
   int c = 0;
 #pragma unroll 1
@@ -269,14 +273,14 @@ __device__ __forceinline__ void add_channels(float (&sum)[THREAD_CO][S::THREAD_W
       copier.copy_channel();
 #pragma unroll
       for (int row = 0; row < ROWS; ++row) {
-        add_taps<S, TAPS>(sum, x - row * pitch, w);
+        add_taps<S, TAPS>(sum, x - row * copier.tile.pitch, w);
         w += TAPS * S::BLOCK_CO;
       }
-      x += copier.span;
+      x += copier.tile.span;
     }
     copier.copy_weight(place);
   }
-  add_rows<S, TAPS>(sum, x, w, channels - c, ROWS, pitch, copier);
+  add_rows<S, TAPS>(sum, x, w, channels - c, ROWS, copier);
 }
 
 template <class S>
@@ -292,8 +296,17 @@ __device__ __forceinline__ Tile tile_of_block(unsigned digits, const ConvTranspo
   const int lead = (tile.along_w.start - (tile.along_w.taps - 1)) & 3;
   tile.first = static_cast<int64_t>(take_digit(digits, tiles.count)) * S::BLOCK_W - lead;
   tile.n = digits;
-  tile.plane_size = static_cast<int64_t>(p.height) * p.width;
+  tile.taps = tile.along_h.taps * tile.along_w.taps;
+  tile.channels = tile.taps > 0 ? p.in_channels / p.groups : 0;
+  tile.pitch = tiles.pitch;
+  tile.span =
+      S::BLOCK_W + (tile.along_w.taps + 3) / 4 * 4 + max(tile.along_h.taps - 1, 0) * tiles.pitch;
   tile.vector = tiles.vector;
+  tile.vectors = tile.span / tiles.vector;
+  tile.weights_at = tiles.chunk_ci * tile.span;
+  tile.buffer_floats = tile.weights_at + tiles.chunk_ci * tile.taps * S::BLOCK_CO;
+  tile.plane_size = static_cast<int64_t>(p.height) * p.width;
+  tile.filters_size = static_cast<int64_t>(p.out_channels / p.groups) * p.kernel_h * p.kernel_w;
   return tile;
 }
 
@@ -309,7 +322,7 @@ __device__ __forceinline__ void finish_tile(
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_w = warp / S::WARPS_CO, warp_co = warp % S::WARPS_CO;
   const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
-  const Phase along_h = tile.along_h, along_w = tile.along_w;
+  const Phase &along_h = tile.along_h, &along_w = tile.along_w;
   float* const stage = shared + warp * S::WARP_W;
   const int thread_co = tile.first_co + warp_co * THREAD_CO;  // within the group
   const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
@@ -420,11 +433,11 @@ __global__ void __launch_bounds__(THREADS, Sizes<WARPS_CO, THREAD_W>::BLOCKS_PER
   // tap of a chunk lies, from the chunk's first filter; then where each vector of inputs lies in
   // its plane, or NOWHERE, for the same number of vectors for each thread.
   extern __shared__ __align__(16) float shared[];
-  const int pitch = tiles.pitch, taps = along_h.taps * along_w.taps;
-  const int span = S::BLOCK_W + (along_w.taps + 3) / 4 * 4 + max(along_h.taps - 1, 0) * pitch;
-  const int vectors = span / tiles.vector;
-  const int weights_at = tiles.chunk_ci * span;
-  const int buffer_floats = weights_at + tiles.chunk_ci * taps * BLOCK_CO;
+  const int pitch = tile.pitch, taps = tile.taps;
+  const int span = tile.span;
+  const int vectors = tile.vectors;
+  const int weights_at = tile.weights_at;
+  const int buffer_floats = tile.buffer_floats;
   int* const tap_places = reinterpret_cast<int*>(shared + 2 * buffer_floats);
   int* const places = tap_places + tiles.chunk_ci * taps;
 
@@ -475,20 +488,20 @@ __global__ void __launch_bounds__(THREADS, Sizes<WARPS_CO, THREAD_W>::BLOCKS_PER
                       places + threadIdx.x,
                       nullptr,
                       tile,
-                      span,
                       0,
                       0};
   const bool copies_weights = first_co + copied_co < group_out;
   const auto begin_copies = [&](int channels, float* buffer) {
-    copier.begin(channels, buffer + threadIdx.x * tiles.vector, buffer + weights_at + threadIdx.x,
-                 tap_places + copied_tap, copies_weights ? channels * taps - copied_tap : 0);
+    copier.begin(channels, buffer + threadIdx.x * tile.vector,
+                 buffer + tile.weights_at + threadIdx.x, tap_places + copied_tap,
+                 copies_weights ? channels * tile.taps - copied_tap : 0);
     // Very wide tiles, and inputs that are not aligned.
-    if (vectors <= 2 * THREADS) return;
+    if (tile.vectors <= 2 * THREADS) return;
     for (int c = 0; c < channels; ++c) {
-      const float* const from = copier.from_x + c * plane_size;
-#pragma unroll 4
-      for (int v = 2 * THREADS + threadIdx.x; v < vectors; v += THREADS) {
-        copy_input(buffer + c * span + v * tiles.vector, from, places[v], true, tiles.vector);
+      const float* const from = copier.from_x + c * tile.plane_size;
+      for (int v = 2 * THREADS; v + threadIdx.x < tile.vectors; v += THREADS) {
+        copy_input(buffer + c * tile.span + (v + threadIdx.x) * tile.vector, from, copier.places[v],
+                   true, tile.vector);
       }
     }
   };
@@ -496,40 +509,38 @@ __global__ void __launch_bounds__(THREADS, Sizes<WARPS_CO, THREAD_W>::BLOCKS_PER
   float sum[THREAD_CO][THREAD_W] = {};
 
   // Two buffers: while one chunk of channels is used, the next is copied.
-  const int channels = taps > 0 ? group_in : 0;
-  float *current = shared, *next = shared + buffer_floats;
-  begin_copies(min(tiles.chunk_ci, channels), current);
+  float* current = shared;
+  begin_copies(min(tiles.chunk_ci, tile.channels), current);
   while (copier.channels_left > 0) copier.copy_channel();
-#pragma unroll 4
+#pragma unroll 1
   while (copier.taps_left > 0) copier.copy_weight(copier.next_tap());
   __pipeline_commit();
 #pragma unroll 1
-  for (int ci = 0; ci < channels; ci += tiles.chunk_ci) {
+  for (int left = tile.channels; left > 0; left -= tiles.chunk_ci) {
     __pipeline_wait_prior(0);
     __syncthreads();  // this chunk has arrived, and nobody uses the other buffer any more
-    const int count = min(tiles.chunk_ci, channels - ci);
-    copier.from_w += count * filters_size;
-    begin_copies(max(min(tiles.chunk_ci, channels - ci - count), 0), next);
-    const float* w = current + weights_at + warp_co * THREAD_CO;
-    const float* const x = current + (along_h.taps - 1) * pitch + warp_w * WARP_W + lane * THREAD_W;
-    const int taps_h = along_h.taps, taps_w = along_w.taps;
+    float* const next = shared + (current == shared ? tile.buffer_floats : 0);
+    const int count = min(tiles.chunk_ci, left);
+    copier.from_w += count * tile.filters_size;
+    begin_copies(min(tiles.chunk_ci, left - count), next);
+    const int taps_h = tile.along_h.taps, taps_w = tile.along_w.taps;
+    const float* const x = current + (taps_h - 1) * tile.pitch + warp_w * WARP_W + lane * THREAD_W;
+    const float* const w = current + tile.weights_at + warp_co * THREAD_CO;
     if (taps_h == 1 && taps_w == 1) {
-      add_channels<S, 1, 1>(sum, x, w, count, pitch, copier);
+      add_channels<S, 1, 1>(sum, x, w, count, copier);
     } else if (taps_h == 1 && taps_w == 2) {
-      add_channels<S, 1, 2>(sum, x, w, count, pitch, copier);
+      add_channels<S, 1, 2>(sum, x, w, count, copier);
     } else if (taps_h == 2 && taps_w == 1) {
-      add_channels<S, 2, 1>(sum, x, w, count, pitch, copier);
+      add_channels<S, 2, 1>(sum, x, w, count, copier);
     } else if (taps_h == 2 && taps_w == 2) {
-      add_channels<S, 2, 2>(sum, x, w, count, pitch, copier);
+      add_channels<S, 2, 2>(sum, x, w, count, copier);
     } else if (taps_w == 3) {
-      add_rows<S, 3>(sum, x, w, count, taps_h, pitch, copier);
+      add_rows<S, 3>(sum, x, w, count, taps_h, copier);
     } else {
-      add_long_rows<S>(sum, x, w, count, taps_h, taps_w, pitch, copier);
+      add_long_rows<S>(sum, x, w, count, taps_h, taps_w, copier);
     }
     __pipeline_commit();
-    float* const used = current;
-    current = next;
-    next = used;
+    current = shared + (current == shared ? tile.buffer_floats : 0);
   }
   __syncthreads();
   finish_tile<S>(sum, shared, tile, input, weight, bias, output, p, rows, columns, tiles);
@@ -593,7 +604,10 @@ struct Device {
   int multiprocessors;
 };
 
-static Device current_device() { return {shared_floats(INT32_MAX), multiprocessors()}; }
+static Device current_device() {
+  constexpr int of_tile = 1024 / sizeof(float);  // Tile, and room to spare
+  return {shared_floats(INT32_MAX) - of_tile, multiprocessors()};
+}
 
 // A way to cut a problem, and the time that it would take, in FMAs of a thread.
 struct Plan {
