@@ -29,6 +29,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ __all__ = [
     "cache_folder",
     "cached_library",
     "load_library",
+    "no_fork",
     "outside_cause",
     "prune",
     "run_tool",
@@ -78,6 +80,7 @@ _CHOOSE = "set CONVT_LAB_CACHE to a folder with room that you may write"
 _SEAL = "sealed"
 _DRAFT = ".draft"
 _HOUR = 3600.0
+_FORK_PATIENCE = 30.0  # seconds
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 # What a tool's output says if not the source but the machine is at fault, and what to do about it.
@@ -178,11 +181,13 @@ def _build_into(folder: Path, library: Path, build: Callable[[Path], None]) -> N
             elif entry != made:
                 entry.unlink()
         (draft / _SEAL).write_text(_hash_of(made))
+        if _is_sealed(library):  # another process, without locks, was quicker
+            return
         shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
         try:
             draft.rename(folder)
         except OSError:
-            if not _is_sealed(library):  # else another process, without locks, was quicker
+            if not _is_sealed(library):  # quicker by an instant
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -359,6 +364,41 @@ def why_not_loaded(message: str) -> str:
 
 # ---- Tools -------------------------------------------------------------------------------------
 
+# A process that is forked while another thread starts a program inherits the pipes between the two,
+# and the thread waits for their end: for ever, if the forked process waits for the thread's lock.
+# So forks wait until the program has started.
+_starting = threading.RLock()
+_fork = threading.local()
+
+
+def _before_fork() -> None:
+    _fork.waited = _starting.acquire(timeout=_FORK_PATIENCE)
+
+
+def _after_fork_in_parent() -> None:
+    if _fork.waited:
+        _starting.release()
+
+
+def _after_fork_in_child() -> None:
+    global _starting
+    _starting = threading.RLock()  # the threads that held the old one aren't here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
+
+
+@contextmanager
+def no_fork() -> Iterator[None]:
+    """Let forks of this process wait, and other threads that want the same."""
+    with _starting:
+        yield
+
 
 def build_timeout() -> float:
     """Return the seconds that one run of a compiler may take.
@@ -432,24 +472,30 @@ def run_tool(
     """
     seconds = build_timeout() if limit is None else limit
     try:
-        result = subprocess.run(
-            supervised(command, seconds),
-            cwd=folder,
-            # Messages are read by people and by us: in English.
-            env=os.environ | {"LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
+        with no_fork():
+            process = subprocess.Popen(
+                supervised(command, seconds),
+                cwd=folder,
+                # Messages are read by people and by us: in English.
+                env=os.environ | {"LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+            )
     except (OSError, ValueError) as error:
         raise BuildError(f"{command[0]} does not run: {error}") from error
-    if result.returncode == supervise.TIMED_OUT:
+    with process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:  # an interrupt: the supervisor's end is the end of all
+            process.kill()
+            raise
+    if process.returncode == supervise.TIMED_OUT:
         raise timed_out(str(command[0]), seconds)
-    return result.returncode, result.stdout
+    return process.returncode, output
 
 
 def timed_out(tool: str, seconds: float) -> BuildError:

@@ -18,7 +18,6 @@ import re
 import secrets
 import shlex
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +40,7 @@ from convt_lab.build import (
     build_timeout,
     cached_library,
     load_library,
+    no_fork,
     outside_cause,
     run_tool,
     supervised,
@@ -81,20 +81,6 @@ _CAUSES = {
         "this PyTorch can't be linked with: install a CUDA build of it"
     ),
 }
-
-# torch builds in this process: it reads PATH and settings of its own module, which are changed
-# while it does.
-_torch_is_building = threading.Lock()
-
-
-def _forget_lock() -> None:
-    """Free the lock in a forked process, where the thread that held it does not exist."""
-    global _torch_is_building
-    _torch_is_building = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_lock)
 
 
 def find_toolkit() -> Path | None:
@@ -327,7 +313,9 @@ def _load_inline(library: Path, source: str, toolkit: Path, wanted: str) -> None
     # A name that was never built: torch remembers those that were, even if they failed.
     name = f"{library.stem}_{secrets.token_hex(4)}"
     try:
-        with _torch_is_building, _torch_settings(home) as cpp_extension:
+        # torch builds in this process: it reads PATH and settings of its own module, which are
+        # changed while it does.
+        with no_fork(), _torch_settings(home) as cpp_extension:
             path = os.pathsep.join([str(tools), _search_path()])
             # The check of the compiler is for code that uses torch's own classes.
             with _environment(PATH=path, CXX=compiler, TORCH_DONT_CHECK_COMPILER_ABI="1"):
