@@ -1,26 +1,30 @@
 """The operator for engineers: `conv_transpose2d` in PyTorch's place.
 
-On a CUDA GPU, float32 problems run on the ladder's last stage; PyTorch's own backward gives the
-gradients. Everything else (other devices and dtypes, autocast, tracing by ``torch.compile``) is
-handed to PyTorch, as is everything when no kernel can be built here.
+On a CUDA GPU a call runs on the kernel that `convt_lab.dispatch` chooses for it, which may be
+PyTorch's own; PyTorch's own backward gives the gradients. Whatever else a call may be (other
+devices and dtypes, subclasses of tensors) is handed to PyTorch, as is everything whose kernel can't
+be built here.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 
-from convt_lab.build import BuildError
-from convt_lab.errors import CompileError
-from convt_lab.problem import Problem
-from convt_lab.stages import stages
+from convt_lab.library import (
+    DirectFunction,
+    TransformableFunction,
+    cast_for_autocast,
+    torch_operator,
+)
+from convt_lab.plan import DEVICES, DTYPES, plan_for
+from convt_lab.problem import Problem, ProblemError
 
 __all__ = ["conv_transpose2d"]
 
-_LAST_STAGE = next(reversed(stages.values()))
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def conv_transpose2d(
@@ -38,103 +42,209 @@ def conv_transpose2d(
     Parameters
     ----------
     input
-        [N, C_in, H, W] or [C_in, H, W].
+        [N, C_in, H, W] or [C_in, H, W], of any dtype and on any device that PyTorch's own function
+        takes. Kernels of this package serve float32, float16 and bfloat16 on CUDA GPUs. An input
+        that is dense neither as [N, C, H, W] nor as [N, H, W, C] is copied first.
     weight
         [C_in, C_out/groups, KH, KW].
     bias
         [C_out], or None.
-    stride, padding, output_padding, groups, dilation
-        As PyTorch's.
+    stride, padding, output_padding, dilation
+        One integer, a sequence of one, or one of two (rows, columns).
+    groups
+        Number of groups into which the channels are split.
 
     Returns
     -------
     torch.Tensor
-        [N, C_out, OH, OW], or [C_out, OH, OW]. Gradients flow to input, weight and bias.
+        [N, C_out, OH, OW], or [C_out, OH, OW], with the strides that PyTorch's own output would
+        have: channels last if input or weight is. Gradients of any order flow to input, weight and
+        bias, in reverse and in forward mode, and under ``torch.func``'s transforms.
 
     Raises
     ------
     ProblemError
         If the arguments describe no legal problem (a ValueError and a RuntimeError).
+    TypeError
+        If an argument has a wrong type.
+    KernelError
+        If the GPU refuses a launch.
+
+    Warns
+    -----
+    RuntimeWarning
+        Once for each kernel that can't be built here, in whose place PyTorch computes.
+
+    Notes
+    -----
+    A call runs on the current stream of the input's device and waits for nothing, so it may be
+    captured in a CUDA graph; call it once before, because the first call may build a kernel. It is
+    deterministic. float32 is computed with TF32 only if ``torch.backends.cudnn`` allows that for
+    convolutions (``conv.fp32_precision``, or ``allow_tf32``).
+
+    ``torch.compile`` sees the operator ``torch.ops.convt_lab.conv_transpose2d``. ``torch.export``
+    and ``torch.jit.trace`` see PyTorch's own, so that what they write runs without this package.
+
+    Examples
+    --------
+    >>> x, weight = torch.ones(1, 2, 3, 3), torch.ones(2, 4, 2, 2)
+    >>> conv_transpose2d(x, weight, stride=2).shape
+    torch.Size([1, 4, 6, 6])
     """
-    if not _is_ours(input, weight, bias) or not _can_build():
+    if torch.compiler.is_compiling():
+        return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if not _may_be_ours(input, weight, bias):
+        return _pytorchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if input.dim() == 3:
+        return conv_transpose2d(
+            input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation
+        ).squeeze(0)
+    if _is_transformed():
+        arguments = (*map(_pair, (stride, padding, output_padding)), groups, _pair(dilation))
+        if torch._C._are_functorch_transforms_active():
+            device_type = input.device.type
+            if torch.is_autocast_enabled(device_type):
+                input, weight, bias = (
+                    cast_for_autocast(t, device_type) for t in (input, weight, bias)
+                )
+            return TransformableFunction.apply(input, weight, bias, *arguments)
+        return torch_operator(input, weight, bias, *arguments)
+
+    tensors = (input, weight, bias)
+    if torch.is_autocast_enabled(input.device.type):
+        tensors = [cast_for_autocast(t, input.device.type) for t in tensors]
+    try:
+        plan = plan_for(*tensors, stride, padding, output_padding, groups, dilation)
+    except (ProblemError, TypeError):
+        # Nearly always PyTorch refuses it, too; it may take what is only too large for us.
+        plan = None
+    if plan is None or plan.is_pytorchs:
+        return _pytorchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return DirectFunction.apply(*tensors, plan)
+    return plan(*tensors)
+
+
+def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether these are plain tensors on a device that has kernels of ours.
+
+    Subclasses have rules of their own, for PyTorch's operators. So have the graphs that
+    ``torch.jit`` traces. Tensors that stand for their negatives or for zeros hold other values in
+    memory than they mean.
+    """
+    return (
+        type(input) in _PLAIN_TYPES
+        and type(weight) in _PLAIN_TYPES
+        and (bias is None or type(bias) in _PLAIN_TYPES)
+        and input.device.type in DEVICES
+        and _is_dense(input)
+        and _is_dense(weight)
+        and (bias is None or _is_dense(bias))
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+        and not tensor._is_zerotensor()
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether more than the result is asked for, so that PyTorch's dispatcher must see the call.
+
+    That is the case under modes (such as a flop counter), ``torch.func``'s transforms and forward
+    differentiation, and where a profiler shall find the call's name.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _traced(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
+    dilation: Any,
+) -> torch.Tensor:
+    """Call what a compiler shall see. Sizes may be symbols, so nothing asks for their values."""
+    if (
+        torch.compiler.is_exporting()
+        or input.device.type not in DEVICES
+        or input.dtype not in DTYPES
+        or input.dim() not in (3, 4)
+    ):
         return F.conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
-    problem = Problem.from_shapes(
-        (1, *input.shape) if input.dim() == 3 else tuple(input.shape),
-        tuple(weight.shape),
-        None if bias is None else tuple(bias.shape),
-        stride=stride,
-        padding=padding,
-        output_padding=output_padding,
-        groups=groups,
-        dilation=dilation,
-    )
     batched = input.unsqueeze(0) if input.dim() == 3 else input
-    output = _ConvTranspose2d.apply(batched, weight, bias, problem)
+    output = torch.ops.convt_lab.conv_transpose2d(
+        batched,
+        weight,
+        bias,
+        _pair(stride),
+        _pair(padding),
+        _pair(output_padding),
+        groups,
+        _pair(dilation),
+    )
     return output.squeeze(0) if input.dim() == 3 else output
 
 
-class _ConvTranspose2d(torch.autograd.Function):
-    """Our forward, PyTorch's backward (which can be differentiated again)."""
-
-    @staticmethod
-    def forward(input, weight, bias, problem):
-        return _LAST_STAGE(input, weight, bias, **problem.arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, problem = inputs
-        ctx.save_for_backward(input, weight)
-        ctx.bias_shape = None if bias is None else list(bias.shape)
-        ctx.problem = problem
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        input, weight = ctx.saved_tensors
-        problem = ctx.problem
-        gradients = torch.ops.aten.convolution_backward(
-            grad_output,
-            input,
-            weight,
-            ctx.bias_shape,
-            problem.stride,
-            problem.padding,
-            problem.dilation,
-            True,  # transposed
-            problem.output_padding,
-            problem.groups,
-            list(ctx.needs_input_grad[:3]),
-        )
-        return *gradients, None
+def _pair(value: Any) -> Any:
+    """Return (rows, columns), as the operator's schema wants them; it refuses what is neither."""
+    if isinstance(value, tuple | list):
+        return value * 2 if len(value) == 1 else value
+    return (value, value)
 
 
-def _is_ours(*tensors: torch.Tensor | None) -> bool:
-    """Whether these are plain float32 tensors on one CUDA device, computed now and as they are."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
-        return False
-    present = [t for t in tensors if t is not None]
-    if not all(isinstance(t, torch.Tensor) for t in present):
-        return False  # PyTorch's own message
-    return not torch.overrides.has_torch_function(present) and all(
-        t.device.type == "cuda"
-        and t.device == present[0].device
-        and t.dtype == torch.float32
-        and t.layout == torch.strided
-        for t in present
-    )
+# ---- PyTorch's function, and what is wrong if it refuses -----------------------------------------
 
 
-@functools.cache
-def _can_build() -> bool:
-    """Whether the kernel can be built here; if not, say so once."""
+def _pytorchs(*arguments: Any) -> torch.Tensor:
     try:
-        _LAST_STAGE.program("gpu")
-    except (BuildError, CompileError) as error:
-        warnings.warn(
-            f"convt_lab falls back to PyTorch's conv_transpose2d: {error}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return False
-    return True
+        output = F.conv_transpose2d(*arguments)
+    except (RuntimeError, TypeError, ValueError) as error:
+        _explain(error, arguments)
+    # Some of PyTorch's kernels return nothing where there is an error.
+    if not torch.jit.is_tracing() and output.numel() == 0 and arguments[0].numel() > 0:
+        _check(arguments)
+    return output
+
+
+def _explain(error: Exception, arguments: tuple) -> NoReturn:
+    """Raise PyTorch's error, in our words first if the arguments are at fault."""
+    try:
+        _check(arguments)
+    except (ProblemError, TypeError) as ours:
+        if isinstance(ours, ProblemError) and isinstance(error, RuntimeError | ValueError):
+            raise ProblemError(f"{ours} (PyTorch: {error})") from None
+        if isinstance(ours, TypeError) and isinstance(error, TypeError):
+            raise TypeError(f"{ours} (PyTorch: {error})") from None
+    raise error
+
+
+def _check(arguments: tuple) -> None:
+    input, weight, bias, *rest = arguments
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not (isinstance(tensor, torch.Tensor) or (tensor is None and name == "bias")):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__} {tensor!r}")
+    Problem.from_shapes(
+        (1, *input.shape) if input.dim() == 3 else input.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        *rest,
+    )
