@@ -183,19 +183,23 @@ def test_the_key_holds_the_tools_torch_and_the_architecture(gpu, monkeypatch):
         return len(names)
 
     assert build_again() == 1
-    toolkit(gpu, GOOD + "  # of the next version, at the same place")
+    with open(gpu / "bin" / "nvcc", "a") as file:
+        file.write("# of the next version, at the same place\n")
     assert build_again() == 2
-    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    with open(gpu / "bin" / "c++", "a") as file:
+        file.write("# of the next version, too\n")
     assert build_again() == 3
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
     assert build_again() == 4
-    monkeypatch.setattr(torch.version, "cuda", "13.9")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     assert build_again() == 5
+    monkeypatch.setattr(torch.version, "cuda", "13.9")
+    assert build_again() == 6
     (gpu / "changed.cuh").write_text("// a header")
     headers = gpu_module.kernel_headers()
     monkeypatch.setattr(gpu_module, "kernel_headers", lambda: [*headers, gpu / "changed.cuh"])
-    assert build_again() == 6
-    assert build_again() == 6
+    assert build_again() == 7
+    assert build_again() == 7
 
 
 FAILURES = {
@@ -399,6 +403,7 @@ def test_a_file_system_that_forbids_programs(gpu, monkeypatch):
 
 
 def test_threads_build_one_kernel_once_and_others_beside_it(gpu):
+    toolkit(gpu, f"sleep 0.3; {GOOD}")
     environment = dict(os.environ)
     answers = []
 
@@ -424,6 +429,9 @@ def test_a_build_whose_process_is_killed(gpu):
     worker = start('GPU().build("kernel", "x")')
     compilers = running_in(gpu)
     assert all(map(is_running, compilers))
+    # Nothing more is to be written: a ninja that finds its pipe closed ends by itself.
+    wait_until(lambda: list(cache_folder().glob("*.draft/main.o")))
+    time.sleep(0.3)
     worker.send_signal(signal.SIGKILL)
     worker.communicate(timeout=10)
     none_runs(compilers)
@@ -476,6 +484,34 @@ def test_a_process_that_is_forked_during_a_build(gpu):
     )
     assert output.split() == ["42"]
     assert (gpu / "log").read_text() == "compiled\n" * 2
+
+
+def test_a_fork_waits_while_a_program_is_started():
+    output = finish(
+        start(
+            """
+            from convt_lab.build import no_fork
+            held = threading.Event()
+            def hold():
+                with no_fork():
+                    held.set()
+                    time.sleep(0.5)
+            thread = threading.Thread(target=hold)
+            thread.start()
+            held.wait()
+            start = time.monotonic()
+            child = os.fork()
+            if child == 0:
+                with no_fork():  # held by nobody here
+                    os._exit(0)
+            print(time.monotonic() - start > 0.3, os.waitpid(child, 0)[1])
+            thread.join()
+            with no_fork():
+                print("free")
+            """
+        )
+    )
+    assert output.split() == ["True", "0", "free"]
 
 
 def test_what_killed_builds_left_is_removed_and_nothing_of_it_used(tmp_path):
@@ -696,10 +732,11 @@ def test_a_file_system_without_locks(monkeypatch, error):
 
     def slow(library):
         # Meanwhile another process builds the same, and is quicker.
-        assert cached_library("name", ["both"], write).read_text() == "whole"
+        quick.append(cached_library("name", ["both"], write).stat().st_ino)
         library.write_text("whole")
 
-    assert cached_library("name", ["both"], slow).read_text() == "whole"
+    quick = []
+    assert cached_library("name", ["both"], slow).stat().st_ino == quick[0]  # and stays in place
 
     def rename(draft, folder):  # quicker by an instant
         shutil.copytree(draft, folder)
