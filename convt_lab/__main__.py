@@ -1,4 +1,4 @@
-"""The command line: ``python -m convt_lab ladder | bench | doctor | export STAGE``.
+"""The command line: ``python -m convt_lab ladder | bench | dispatch | doctor | export STAGE``.
 
 Exit status: 0 for success; 1 if a stage is wrong or nothing can run here; 2 for a command that
 can't be carried out, with one line on stderr that says why.
@@ -18,7 +18,7 @@ import torch
 from convt_lab import __version__
 from convt_lab.build import BuildError
 from convt_lab.problem import Problem, ProblemError
-from convt_lab.records import PARTS, RecordError
+from convt_lab.records import RecordError
 from convt_lab.stages import stages
 
 __all__ = ["main"]
@@ -59,6 +59,18 @@ def _bench(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         older=arguments.compare,
     )
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    from convt_lab import dispatch, measurements
+
+    tables = measurements.tables_of_records(arguments.records, leave_out=dispatch.SLOW)
+    for table in tables:
+        print(f"{table.gpu}: {dispatch.leave_one_out(table).summary()}")
+    if not arguments.no_write:
+        measurements.save(tables, measurements.FILE)
+        print(f"wrote {measurements.FILE}", file=sys.stderr)
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -127,21 +139,23 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure ceilings, every stage and PyTorch on this GPU, and write the record",
         description="Measure on a GPU its ceilings, every stage and PyTorch on a set of shapes, "
-        "and how time and memory grow; print it and write records/GPU.json. A run of some parts or "
-        "problems writes only where --out says. The exit status is 1 if any stage is wrong or a "
-        "part could not be finished.",
+        "how time and memory grow, and the operator against PyTorch's own; print it and write "
+        "records/GPU.json, records/GPU-operator.json and the table that the operator chooses by. A "
+        "run of some parts or problems writes only where --out says. The exit status is 1 if any "
+        "stage is wrong or a part could not be finished.",
     )
     bench.add_argument(
         "--only",
-        type=_parts,
+        type=lambda text: text.split(","),
         metavar="PART[,PART]",
-        help=f"measure these parts only: {', '.join(PARTS)}",
+        help="measure these parts only: ceilings, shapes, growth, operator",
     )
     bench.add_argument(
         "--problems",
         nargs="+",
         metavar="NAME",
-        help="measure the shapes of these names only, such as: star classic",
+        help="measure the shapes of these names only, such as: star classic; with --only operator "
+        "those of convt_lab/data/shapes.json",
     )
     bench.add_argument("--out", type=Path, metavar="FILE", help="the file to write")
     bench.add_argument(
@@ -154,6 +168,19 @@ def _parser() -> argparse.ArgumentParser:
         help="an older record: print how far its times, as multiples of cuDNN's, are from the new",
     )
     bench.set_defaults(run=_bench)
+
+    dispatch = commands.add_parser(
+        "dispatch",
+        help="make the table that the operator chooses by from the records",
+        description="Make convt_lab/data/dispatch.json, by which the operator chooses between "
+        "kernels and PyTorch's own, from the records. Say how well the choice does for problems "
+        "that were not measured: each measured one is chosen for by the others.",
+    )
+    dispatch.add_argument(
+        "--records", type=Path, metavar="FOLDER", help="where they are (default: records/)"
+    )
+    dispatch.add_argument("--no-write", action="store_true", help="only say how well it does")
+    dispatch.set_defaults(run=_dispatch)
 
     doctor = commands.add_parser(
         "doctor",
@@ -196,14 +223,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     architectures.set_defaults(run=_architectures)
     return parser
-
-
-def _parts(text: str) -> list[str]:
-    parts = text.split(",")
-    for part in parts:
-        if part not in PARTS:
-            raise argparse.ArgumentTypeError(f"{part!r} is none of {', '.join(PARTS)}")
-    return parts
 
 
 def _seed(text: str) -> int:

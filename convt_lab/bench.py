@@ -1,8 +1,9 @@
 """What `make bench` measures on one GPU, in which order, and how it is shown and written.
 
-Three parts: the GPU's ceilings; every stage and PyTorch's operator on a set of shapes; and how time
-and memory grow with the batch, the image, the channels and the kernel. What a number means and how
-it is kept is told by `convt_lab.records`, how it is timed by `convt_lab.measure`.
+Four parts: the GPU's ceilings; every stage and PyTorch's operator on a set of shapes; how time and
+memory grow with the batch, the image, the channels and the kernel; and the operator against
+PyTorch's own (`convt_lab.operator_bench`), which has a record of its own. What a number means and
+how it is kept is told by `convt_lab.records`, how it is timed by `convt_lab.measure`.
 
 Nothing is timed that was not judged against float64 first. All that needs a GPU comes in through
 `Instruments` and `Workload`, so that the order and the judging can be tried without one.
@@ -31,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from convt_lab import records
+from convt_lab import dispatch, measurements, operator_record, records
 from convt_lab.backend import KERNEL_FOLDER, Array
 from convt_lab.build import BuildError
 from convt_lab.columns import aligned
@@ -57,7 +58,6 @@ from convt_lab.program import compile as compile_source
 from convt_lab.records import (
     BASELINE,
     CEILINGS,
-    PARTS,
     PYTORCH_ROWS,
     Ceiling,
     Ceilings,
@@ -71,6 +71,7 @@ from convt_lab.stages import stages
 from convt_lab.tasks import Task, cold_times, cudnn_at_its_best, with_best_choice
 
 __all__ = [
+    "PARTS",
     "SHAPES",
     "Candidate",
     "Change",
@@ -89,6 +90,9 @@ __all__ = [
     "stage_candidates",
     "tables",
 ]
+
+#: What can be measured by itself, in the order of the measurement.
+PARTS = (*records.PARTS, "operator")
 
 #: The problems of the part ``shapes``, in the order of the measurement.
 SHAPES: Mapping[str, Problem] = MappingProxyType(
@@ -575,10 +579,11 @@ class _Results:
     ceilings: dict[str, Ceiling | None] = field(default_factory=dict)
     shapes: list[Shape] = field(default_factory=list)
     growth: dict[str, list[Point]] = field(default_factory=dict)
+    operator: list[operator_record.Case] = field(default_factory=list)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(part for part in PARTS if getattr(self, part))
+        return tuple(part for part in records.PARTS if getattr(self, part))
 
 
 def _measure(part: str, machine: _Machine, names: Sequence[str], seed: int, results: _Results):
@@ -602,6 +607,8 @@ def _measure(part: str, machine: _Machine, names: Sequence[str], seed: int, resu
                     draw = partial(problem.random_inputs, seed, tools.device)
                     rows = measure_problem(problem, draw(), candidates, tools, on_step=step)
                     results.shapes.append(Shape(name, problem, rows))
+        elif part == "operator":
+            _measure_operator(machine, names, seed, results, on_step)
         else:
             for axis, points in growth_problems().items():
                 results.growth[axis] = []
@@ -618,6 +625,23 @@ def _measure(part: str, machine: _Machine, names: Sequence[str], seed: int, resu
                             on_step=partial(on_step, prefix=f"{name}: "),
                         )
                         results.growth[axis].append(Point(name, problem, rows, value))
+
+
+def _measure_operator(
+    machine: _Machine, names: Sequence[str], seed: int, results: _Results, on_step: Step
+) -> None:
+    from convt_lab import operator_bench  # which imports this module
+
+    tools, known = machine.tools, operator_bench.shapes()
+    for name in names:
+        arguments = name, known[name], machine.gpu, machine.software, tools, seed
+        step = partial(_named_step, on_step, name)
+        with _room_for(name, tools.device):
+            results.operator.extend(operator_bench.measure_shape(*arguments, on_step=step))
+
+
+def _named_step(on_step: Step, name: str, what: str) -> None:
+    on_step(f"{name}: {what}")
 
 
 @contextmanager
@@ -736,12 +760,14 @@ def bench(
     Parameters
     ----------
     parts
-        Some of `records.PARTS`; all if None.
+        Some of `PARTS`; all if None.
     problems
-        Some of `SHAPES`; all if None. With names and no `parts` only the shapes are measured.
+        Some of `SHAPES` or, for the operator, of its shapes; all if None. With names and no `parts`
+        only `SHAPES` are measured.
     out
-        The file to write. If None, a whole run writes the GPU's record and one of some parts or
-        problems writes nothing.
+        The file to write, for the operator the one beside it whose name ends in ``-operator``
+        unless nothing else is measured. If None, a whole run writes the GPU's records and the
+        package's table of choices, and one of some parts or problems writes nothing.
     seed
         Of the random inputs.
     older
@@ -765,68 +791,162 @@ def bench(
     """
     is_whole = parts is None and problems is None
     parts = _chosen_parts(parts, problems)
-    names = tuple(SHAPES) if problems is None else tuple(dict.fromkeys(problems))
-    for name in names:
-        if name not in SHAPES:
-            raise ProblemError(f"problem {name!r}: must be one of {', '.join(map(repr, SHAPES))}")
+    names = _chosen_names(parts, problems)
     known = None if older is None else records.load(older)
     _require_gpu()
 
     began = time.monotonic()
     results = _Results()
     with _termination_interrupts(), _current_gpu() as machine:
-        path = out
-        if path is None and is_whole:
-            path = records.FOLDER / f"{records.slug(machine.gpu.name)}.json"
-        if path is not None:
+        places = _Places.of(out, parts, machine.gpu.name if is_whole else None)
+        for path in filter(None, (places.ladder, places.operator)):
             _require_writable(path.parent)
+        if is_whole:
+            _require_writable(measurements.FILE.parent)
 
-        def record() -> Record:
-            return Record(
-                gpu=machine.gpu,
-                software=machine.software,
-                date=date.today().isoformat(),
-                seed=seed,
-                seconds=time.monotonic() - began,
-                parts=results.parts,
-                meaning=_meaning(machine),
-                ceilings=Ceilings(results.ceilings),
-                shapes=tuple(results.shapes),
-                growth={axis: tuple(points) for axis, points in results.growth.items()},
-            )
+        def outcome() -> _Outcome:
+            return _Outcome.of(results, machine, seed, time.monotonic() - began)
 
         part = ""
         try:
             for part in parts:
-                _measure(part, machine, names, seed, results)
+                _measure(part, machine, names.get(part, ()), seed, results)
         except BaseException as error:
-            unfinished = record()
-            _keep(unfinished, path, part)
+            unfinished = outcome()
+            unfinished.keep(places, part)
             if isinstance(error, BuildError) or not isinstance(error, Exception):
                 raise
-            print(tables(unfinished))
+            print(unfinished.tables())
             message = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"\n{part} was not finished: {message}")
             return 1
-        finished = record()
+        finished = outcome()
 
-    print(tables(finished))
-    if path is not None:
-        try:
-            records.save(finished, path)
-        except records.RecordError:  # a mistake of ours: minutes on a GPU are not lost for it
-            _keep(finished, path, "the record")
-            raise
-        _partial(path).unlink(missing_ok=True)
-    if known is not None:
-        print(f"\n{comparison(compare(finished, known), str(older))}")
-    wrong = _wrong_rows(finished)
+    print(finished.tables())
+    written = finished.save(places)
+    if is_whole:
+        choices = measurements.tables_of_records(leave_out=dispatch.SLOW)
+        measurements.save(choices, measurements.FILE)
+        written.append(measurements.FILE)
+    if known is not None and finished.ladder:
+        print(f"\n{comparison(compare(finished.ladder, known), str(older))}")
     print(
-        f"\nmeasured in {finished.seconds:.0f} s; " + (f"wrote {path}" if path else "not written")
+        f"\nmeasured in {finished.seconds:.0f} s; "
+        + (f"wrote {', '.join(map(str, written))}" if written else "not written")
     )
+    wrong = finished.wrong()
     if wrong:
         print(f"wrong: {'; '.join(wrong)}")
     return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the two records are written, or None."""
+
+    ladder: Path | None
+    operator: Path | None
+
+    @classmethod
+    def of(cls, out: Path | None, parts: Sequence[str], gpu: str | None) -> _Places:
+        """Return the files for `parts`: beside `out`, or else those of a GPU's whole run."""
+        if out is None:
+            if gpu is None:
+                return cls(None, None)
+            out = records.FOLDER / f"{records.slug(gpu)}.json"
+        has_ladder = any(part in records.PARTS for part in parts)
+        beside = out.with_name(f"{out.stem}-operator{out.suffix}") if has_ladder else out
+        return cls(out if has_ladder else None, beside if "operator" in parts else None)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a run has measured, as records; None where there is nothing."""
+
+    seconds: float
+    ladder: Record | None
+    operator: operator_record.OperatorRecord | None
+
+    @classmethod
+    def of(cls, results: _Results, machine: _Machine, seed: int, seconds: float) -> _Outcome:
+        from convt_lab import operator_bench  # which imports this module
+
+        common = dict(
+            gpu=machine.gpu,
+            software=machine.software,
+            date=date.today().isoformat(),
+            seed=seed,
+            seconds=seconds,
+        )
+        ladder = Record(
+            **common,
+            parts=results.parts,
+            meaning=_meaning(machine),
+            ceilings=Ceilings(results.ceilings),
+            shapes=tuple(results.shapes),
+            growth={axis: tuple(points) for axis, points in results.growth.items()},
+        )
+        operator = operator_record.OperatorRecord(
+            **common, meaning=operator_bench.meaning(), cases=tuple(results.operator)
+        )
+        return cls(
+            seconds, ladder if results.parts else None, operator if results.operator else None
+        )
+
+    def texts(self, places: _Places) -> Iterator[tuple[Path, str, Callable[[], None]]]:
+        """Give each record's place and text, and what checks and writes it."""
+        if self.ladder and places.ladder:
+            save = partial(records.save, self.ladder, places.ladder)
+            yield places.ladder, records.as_text(self.ladder), save
+        if self.operator and places.operator:
+            save = partial(operator_record.save, self.operator, places.operator)
+            yield places.operator, operator_record.as_text(self.operator), save
+
+    def keep(self, places: _Places, part: str) -> None:
+        """Write what there is beside the records' places, and say so."""
+        finished = [
+            *(self.ladder.parts if self.ladder else ()),
+            *["operator"] * bool(self.operator),
+        ]
+        for path, text, _ in self.texts(places):
+            records.write_text(_partial(path), text)
+            print(
+                f"{part} was not finished; {', '.join(finished)} as far as measured: "
+                f"{_partial(path)}",
+                file=sys.stderr,
+            )
+
+    def save(self, places: _Places) -> list[Path]:
+        """Write the records; return their files."""
+        written = []
+        for path, _, save in self.texts(places):
+            try:
+                save()
+            except records.RecordError:  # a mistake of ours: minutes on a GPU are not lost for it
+                self.keep(places, "the record")
+                raise
+            _partial(path).unlink(missing_ok=True)
+            written.append(path)
+        return written
+
+    def tables(self) -> str:
+        from convt_lab import operator_bench
+
+        return "\n\n".join(
+            [
+                *([tables(self.ladder)] if self.ladder else []),
+                *([operator_bench.tables(self.operator)] if self.operator else []),
+            ]
+        )
+
+    def wrong(self) -> list[str]:
+        """Return what of ours was wrong or failed."""
+        from convt_lab import operator_bench
+
+        return [
+            *(_wrong_rows(self.ladder) if self.ladder else []),
+            *(operator_bench.wrong(self.operator) if self.operator else []),
+        ]
 
 
 def _chosen_parts(parts: Sequence[str] | None, problems: Sequence[str] | None) -> tuple[str, ...]:
@@ -835,11 +955,31 @@ def _chosen_parts(parts: Sequence[str] | None, problems: Sequence[str] | None) -
     for part in parts:
         if part not in PARTS:
             raise ProblemError(f"part {part!r}: must be one of {', '.join(map(repr, PARTS))}")
-    if problems is not None and "shapes" not in parts:
+    if problems is not None and not {"shapes", "operator"} & set(parts):
         raise ProblemError(
-            f"problems are named but parts={','.join(parts)} leaves out shapes: add it"
+            f"problems are named but parts={','.join(parts)} leaves out shapes: add it, or operator"
         )
     return tuple(part for part in PARTS if part in parts)
+
+
+def _chosen_names(
+    parts: Sequence[str], problems: Sequence[str] | None
+) -> dict[str, tuple[str, ...]]:
+    """Return the names of the problems to measure in each part that has names."""
+    from convt_lab import operator_bench  # which imports this module
+
+    known = {"shapes": SHAPES, "operator": operator_bench.shapes()}
+    known = {part: tuple(names) for part, names in known.items() if part in parts}
+    if problems is None:
+        return known
+    for name in problems:
+        if not any(name in names for names in known.values()):
+            there = dict.fromkeys(name for names in known.values() for name in names)
+            raise ProblemError(f"problem {name!r}: must be one of {', '.join(map(repr, there))}")
+    return {
+        part: tuple(name for name in dict.fromkeys(problems) if name in names)
+        for part, names in known.items()
+    }
 
 
 def _require_gpu() -> None:
@@ -861,17 +1001,6 @@ def _require_writable(folder: Path) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
-
-
-def _keep(record: Record, path: Path | None, part: str) -> None:
-    """Write what there is beside the record's place, and say so."""
-    if path is None or not record.parts:
-        return
-    records.write_text(_partial(path), records.as_text(record))
-    print(
-        f"{part} was not finished; {', '.join(record.parts)} as far as measured: {_partial(path)}",
-        file=sys.stderr,
-    )
 
 
 def _wrong_rows(record: Record) -> list[str]:

@@ -286,7 +286,7 @@ def as_text(tables: Iterable[Table]) -> str:
     return f'{{"schema": {SCHEMA}, "what": {json.dumps(what)}, "tables": [\n{body}\n]}}\n'
 
 
-def save(tables: Iterable[Table], path: Path = FILE) -> None:
+def save(tables: Iterable[Table], path: Path) -> None:
     """Write tables, all of them or nothing, after they were checked as if they were read.
 
     Raises

@@ -31,8 +31,8 @@ All times are in seconds.
 ``pytorch``, each kernel and ``operator`` have
 
 ``status``, ``failure``
-    ``ok``; ``wrong``, above the gate and not timed (PyTorch is not gated); or ``failed``, and then
-    what was raised (else null).
+    ``ok``; ``wrong``, above the gate and not timed (what PyTorch computes is not gated); or
+    ``failed``, and then what was raised (else null).
 ``errors``
     ``relative_l2``, ``condition`` and ``gate`` as in `convt_lab.records`, against float64 with the
     inputs as they are in that dtype. The gate is that of float32, of TF32 where TF32 is allowed,
@@ -230,6 +230,7 @@ def _case(node: Node) -> Case:
     results = {name: _result(member) for name, member in kernels.members().items()}
     if PYTORCH in results:
         raise kernels.wrong(f"without {PYTORCH}, which has a field of its own")
+    chosen = choice.optional(lambda n: n.choice(PYTORCH, *results))
     case = Case(
         shape=shape.text(),
         problem=records.read_problem(problem),
@@ -238,8 +239,8 @@ def _case(node: Node) -> Case:
         allow_tf32=tf32.boolean(),
         pytorch=_result(pytorch, is_gated=False),
         kernels=results,
-        operator=operator.optional(_result),
-        choice=choice.optional(lambda n: n.choice(PYTORCH, *results)),
+        operator=operator.optional(lambda n: _result(n, is_gated=chosen != PYTORCH)),
+        choice=chosen,
         pytorch_beside=beside.optional(_cold),
     )
     if case.form not in FORMS:

@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,17 @@ from records_for_tests import PROBLEM, pytorch, record, stage
 
 import convt_lab as lab
 import convt_lab.__main__ as command_line
-from convt_lab import Problem, bench, figures, measure, records, tasks
+from convt_lab import (
+    Problem,
+    bench,
+    figures,
+    measure,
+    measurements,
+    operator_bench,
+    operator_record,
+    records,
+    tasks,
+)
 from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.measure import Load, Repeats, Sampler
 from convt_lab.records import PYTORCH_ROWS, Row, Shape
@@ -436,7 +447,11 @@ def lab_on_cpu(monkeypatch, tmp_path):
         lambda: {"batch": ((1, Problem(1, 2, 2, 4, 4)), (2, Problem(2, 2, 2, 4, 4)))},
     )
     monkeypatch.setattr(bench, "stages", {"first": FakeStage(), "second": FakeStage()})
+    monkeypatch.setattr(operator_bench, "shapes", lambda: {"small": Problem(2, 2, 2, 4, 4)})
+    subjects = operator_bench.Subjects(kernels=lambda *form: {"ours": FakeStage()})
+    monkeypatch.setattr(operator_bench, "Subjects", lambda: subjects)
     monkeypatch.setattr(records, "FOLDER", tmp_path / "records")
+    monkeypatch.setattr(measurements, "FILE", tmp_path / "package" / "dispatch.json")
     return tmp_path / "records"
 
 
@@ -458,7 +473,8 @@ class TestRun:
     def test_a_whole_run_writes_the_gpus_record(self, main, lab_on_cpu):
         status, out, err = main("bench", "--seed", 7)
         assert (status, err) == (0, "")
-        assert [path.name for path in lab_on_cpu.iterdir()] == ["nvidia-h200.json"]
+        files = sorted(path.name for path in lab_on_cpu.iterdir())
+        assert files == ["nvidia-h200-operator.json", "nvidia-h200.json"]
         result = records.load_named("nvidia-h200", lab_on_cpu)
         assert result.parts == records.PARTS
         assert result.seed == 7
@@ -471,7 +487,18 @@ class TestRun:
         assert result.ceilings.fp32_fma == pytest.approx(1e12)
         assert result.gpu == GPU
         assert {"cold", "sustained"} <= set(result.meaning)
-        assert out.endswith(f"wrote {lab_on_cpu / 'nvidia-h200.json'}\n")
+        operator = operator_record.load(lab_on_cpu / "nvidia-h200-operator.json")
+        assert [case.form for case in operator.cases] == list(operator_record.FORMS)
+        assert (operator.gpu, operator.seed) == (GPU, 7)
+        (table,) = measurements.load(measurements.FILE)
+        assert table.gpu == GPU.name
+        assert {m.problem for m in table.measurements} == {
+            *(case.problem for case in operator.cases),
+            *(shape.problem for shape in result.shapes),
+            *(point.problem for point in result.growth["batch"]),
+        }
+        files = [lab_on_cpu / name for name in ("nvidia-h200.json", "nvidia-h200-operator.json")]
+        assert out.endswith(f"; wrote {files[0]}, {files[1]}, {measurements.FILE}\n")
 
     def test_the_seed_draws_the_inputs(self, main, lab_on_cpu):
         errors = set()
@@ -503,6 +530,55 @@ class TestRun:
         assert result.parts == parts
         assert [shape.name for shape in result.shapes] == shapes
 
+    def test_the_operator_alone(self, main, lab_on_cpu):
+        file = lab_on_cpu.parent / "some.json"
+        status, out, _ = main("bench", "--only", "operator", "--out", file)
+        assert status == 0
+        assert [case.shape for case in operator_record.load(file).cases] == ["small"] * 6
+        assert "geometric mean" in out
+        assert out.endswith(f"wrote {file}\n")
+        assert not measurements.FILE.exists()
+        assert main("bench", "--only", "operator", "--problems", "small")[0] == 0
+
+    def test_both_records_of_a_run_of_some_parts(self, main, lab_on_cpu):
+        file = lab_on_cpu.parent / "some.json"
+        assert main("bench", "--only", "operator,ceilings", "--out", file)[0] == 0
+        assert records.load(file).parts == ("ceilings",)
+        assert len(operator_record.load(file.with_name("some-operator.json")).cases) == 6
+
+    def test_the_operators_cases_before_the_one_that_fails_are_kept(
+        self, main, lab_on_cpu, monkeypatch
+    ):
+        measure_shape = operator_bench.measure_shape
+
+        def breaks_off(*arguments, **keywords):
+            for count, case in enumerate(measure_shape(*arguments, **keywords)):
+                if count == 2:
+                    raise RuntimeError("the bus fell off")
+                yield case
+
+        monkeypatch.setattr(operator_bench, "measure_shape", breaks_off)
+        status, out, err = main("bench")
+        assert status == 1
+        assert "operator was not finished: RuntimeError: the bus fell off" in out
+        assert err.count("ceilings, shapes, growth, operator as far as measured") == 2
+        kept = operator_record.load(lab_on_cpu / "nvidia-h200-operator.json.partial")
+        assert len(kept.cases) == 2
+        assert records.load(lab_on_cpu / "nvidia-h200.json.partial").parts == records.PARTS
+        assert not measurements.FILE.exists()
+
+    def test_a_wrong_kernel_of_the_operators_fails_the_run(self, main, lab_on_cpu, monkeypatch):
+        subjects = operator_bench.Subjects()
+        bad = FakeStage(lambda y: y + 1)
+        monkeypatch.setattr(
+            operator_bench,
+            "Subjects",
+            lambda: replace(subjects, kernels=lambda *form: {"bad": bad}),
+        )
+        status, out, _ = main("bench", "--only", "operator")
+        assert status == 1
+        assert "wrong: bad on small, float32; bad on small, float32 last; " in out
+
     def test_a_wrong_stage_is_recorded_and_fails_the_run(self, main, lab_on_cpu, monkeypatch):
         stages = {
             "first": FakeStage(),
@@ -529,6 +605,7 @@ class TestRun:
         status, out, err = main("bench")
         assert status == 1
         assert (lab_on_cpu / "nvidia-h200.json").read_text() == "an older record"
+        assert not (lab_on_cpu / "nvidia-h200-operator.json.partial").exists()
         kept = records.load(lab_on_cpu / "nvidia-h200.json.partial")
         assert kept.parts == ("ceilings", "shapes")
         assert len(kept.shapes) == 2
@@ -576,8 +653,10 @@ class TestRun:
     def test_a_finished_run_clears_away_the_unfinished_one(self, main, lab_on_cpu):
         lab_on_cpu.mkdir()
         (lab_on_cpu / "nvidia-h200.json.partial").touch()
+        (lab_on_cpu / "nvidia-h200-operator.json.partial").touch()
         assert main("bench")[0] == 0
-        assert [path.name for path in lab_on_cpu.iterdir()] == ["nvidia-h200.json"]
+        files = sorted(path.name for path in lab_on_cpu.iterdir())
+        assert files == ["nvidia-h200-operator.json", "nvidia-h200.json"]
 
     def test_a_problem_too_large_for_the_memory_is_left_out(self, main, lab_on_cpu, monkeypatch):
         exact = bench.exact
@@ -615,7 +694,8 @@ class TestRun:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["--only", "shape"], "'shape' is none of ceilings, shapes, growth"),
+            (["--only", "shape"], "'shape': must be one of 'ceilings', 'shapes', 'growth'"),
+            (["--only", "operator", "--problems", "moon"], "'moon': must be one of 'small'"),
             (["--problems", "sun"], "problem 'sun': must be one of 'star', 'moon'"),
             (["--only", "growth", "--problems", "moon"], "leaves out shapes"),
             (["--seed", "x"], "'x' is no integer"),
