@@ -6,6 +6,7 @@ Engineers import `conv_transpose2d` and `ConvTranspose2d`; learners use `stages`
 
 from convt_lab import reference
 from convt_lab.build import BuildError
+from convt_lab.dispatch import explain
 from convt_lab.errors import CompileError, KernelError
 from convt_lab.module import ConvTranspose2d, replace_conv_transpose
 from convt_lab.operator import conv_transpose2d
@@ -26,6 +27,7 @@ __all__ = [
     "Stage",
     "compile",
     "conv_transpose2d",
+    "explain",
     "reference",
     "replace_conv_transpose",
     "stages",

@@ -19,7 +19,7 @@ from convt_lab.library import (
     cast_for_autocast,
     torch_operator,
 )
-from convt_lab.plan import DEVICES, DTYPES, plan_for
+from convt_lab.plan import DTYPES, has_kernels, plan_for
 from convt_lab.problem import Problem, ProblemError
 
 __all__ = ["conv_transpose2d"]
@@ -99,20 +99,14 @@ def conv_transpose2d(
         return conv_transpose2d(
             input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation
         ).squeeze(0)
+    tensors = (input, weight, bias)
+    if torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"):
+        tensors = [cast_for_autocast(t, input.device.type) for t in tensors]
     if _is_transformed():
         arguments = (*map(_pair, (stride, padding, output_padding)), groups, _pair(dilation))
         if torch._C._are_functorch_transforms_active():
-            device_type = input.device.type
-            if torch.is_autocast_enabled(device_type):
-                input, weight, bias = (
-                    cast_for_autocast(t, device_type) for t in (input, weight, bias)
-                )
-            return TransformableFunction.apply(input, weight, bias, *arguments)
-        return torch_operator(input, weight, bias, *arguments)
-
-    tensors = (input, weight, bias)
-    if torch.is_autocast_enabled(input.device.type):
-        tensors = [cast_for_autocast(t, input.device.type) for t in tensors]
+            return TransformableFunction.apply(*tensors, *arguments)
+        return torch_operator(*tensors, *arguments)
     try:
         plan = plan_for(*tensors, stride, padding, output_padding, groups, dilation)
     except (ProblemError, TypeError):
@@ -138,7 +132,7 @@ def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         type(input) in _PLAIN_TYPES
         and type(weight) in _PLAIN_TYPES
         and (bias is None or type(bias) in _PLAIN_TYPES)
-        and input.device.type in DEVICES
+        and has_kernels(input)
         and _is_dense(input)
         and _is_dense(weight)
         and (bias is None or _is_dense(bias))
@@ -147,12 +141,7 @@ def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and not tensor.is_conj()
-        and not tensor._is_zerotensor()
-    )
+    return tensor.layout is torch.strided and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def _is_transformed() -> bool:
@@ -183,7 +172,7 @@ def _traced(
     """Call what a compiler shall see. Sizes may be symbols, so nothing asks for their values."""
     if (
         torch.compiler.is_exporting()
-        or input.device.type not in DEVICES
+        or not has_kernels(input)
         or input.dtype not in DTYPES
         or input.dim() not in (3, 4)
     ):

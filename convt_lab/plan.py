@@ -20,10 +20,7 @@ from convt_lab.launcher import Launcher
 from convt_lab.problem import Problem
 from convt_lab.stages import kernels
 
-__all__ = ["DEVICES", "DTYPES", "Plan", "allows_tf32", "plan_for"]
-
-#: Types of devices that have kernels of ours. On others PyTorch computes.
-DEVICES = {"cuda"}
+__all__ = ["DTYPES", "Plan", "allows_tf32", "has_kernels", "plan_for"]
 
 #: Dtypes that kernels of ours may have.
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -33,7 +30,6 @@ MAX_PLANS = 4096
 
 _plans: dict[tuple, Plan] = {}
 _unbuildable: set[str] = set()
-_CONVOLUTIONS = torch.backends.cudnn.conv
 
 
 class Plan:
@@ -135,13 +131,19 @@ class Plan:
         return plan
 
 
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Return whether the tensor is on a device for which there are kernels of ours."""
+    return tensor.is_cuda
+
+
 def allows_tf32() -> bool:
     """Return whether PyTorch may compute float32 convolutions with TF32 on a GPU.
 
     This is the setting that cuDNN's convolutions follow. ``torch.backends.cudnn.allow_tf32`` sets
     it, too; to read that one raises an error where the newer settings have been used.
     """
-    return _CONVOLUTIONS.fp32_precision == "tf32"
+    # What torch.backends.cudnn.conv.fp32_precision returns, in a tenth of the time.
+    return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
 
 
 def plan_for(
@@ -196,7 +198,7 @@ def _is_computable(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     """Whether the tensors fit together and are of a kind that a kernel may have."""
     return (
         input.dtype in DTYPES
-        and input.device.type in DEVICES
+        and has_kernels(input)
         and all(
             t is None or (t.dtype == input.dtype and t.device == input.device)
             for t in (weight, bias)

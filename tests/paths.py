@@ -5,6 +5,7 @@ On the CPU the operator is PyTorch's. So that the rest of it is tested without a
 everything around them (plans, launches, autograd, vmap, compilation) is what it is on a GPU.
 """
 
+import sys
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -50,14 +51,18 @@ def choose(kernel):
     return chosen
 
 
+def _is_on_the_cpu(tensor):
+    return tensor.device.type == "cpu"
+
+
 @contextmanager
 def kernels_on_the_cpu(patch, is_wanted=True):
     patch.setattr(plans, "_plans", {})
     if not is_wanted:
         yield
         return
-    patch.setattr(plans, "DEVICES", {"cpu"})
-    patch.setattr("convt_lab.operator.DEVICES", {"cpu"})
+    for module in ("plan", "operator"):
+        patch.setattr(sys.modules[f"convt_lab.{module}"], "has_kernels", _is_on_the_cpu)
     with torch.library._scoped_library("convt_lab", "IMPL") as registry:
         registry.impl("conv_transpose2d", library._computed, "CPU")
         yield
