@@ -148,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         type=lambda text: text.split(","),
         metavar="PART[,PART]",
-        help="measure these parts only: ceilings, shapes, growth, operator",
+        help="measure these parts only: ceilings, shapes, growth, operator; or neighbours, which a "
+        "whole run leaves out",
     )
     bench.add_argument(
         "--problems",

@@ -91,8 +91,11 @@ __all__ = [
     "tables",
 ]
 
-#: What can be measured by itself, in the order of the measurement.
-PARTS = (*records.PARTS, "operator")
+#: What can be measured by itself, in the order of the measurement; all but the last belong to a
+#: whole run.
+PARTS = (*records.PARTS, "operator", "neighbours")
+
+_OPERATOR_PARTS = ("operator", "neighbours")  # each has a record of its own
 
 #: The problems of the part ``shapes``, in the order of the measurement.
 SHAPES: Mapping[str, Problem] = MappingProxyType(
@@ -580,6 +583,7 @@ class _Results:
     shapes: list[Shape] = field(default_factory=list)
     growth: dict[str, list[Point]] = field(default_factory=dict)
     operator: list[operator_record.Case] = field(default_factory=list)
+    neighbours: list[operator_record.Case] = field(default_factory=list)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -607,8 +611,8 @@ def _measure(part: str, machine: _Machine, names: Sequence[str], seed: int, resu
                     draw = partial(problem.random_inputs, seed, tools.device)
                     rows = measure_problem(problem, draw(), candidates, tools, on_step=step)
                     results.shapes.append(Shape(name, problem, rows))
-        elif part == "operator":
-            _measure_operator(machine, names, seed, results, on_step)
+        elif part in _OPERATOR_PARTS:
+            _measure_operator(part, machine, names, seed, getattr(results, part), on_step)
         else:
             for axis, points in growth_problems().items():
                 results.growth[axis] = []
@@ -628,16 +632,25 @@ def _measure(part: str, machine: _Machine, names: Sequence[str], seed: int, resu
 
 
 def _measure_operator(
-    machine: _Machine, names: Sequence[str], seed: int, results: _Results, on_step: Step
+    part: str,
+    machine: _Machine,
+    names: Sequence[str],
+    seed: int,
+    cases: list[operator_record.Case],
+    on_step: Step,
 ) -> None:
     from convt_lab import operator_bench  # which imports this module
 
-    tools, known = machine.tools, operator_bench.shapes()
+    tools, known = machine.tools, operator_bench.problems(part)
     for name in names:
         arguments = name, known[name], machine.gpu, machine.software, tools, seed
         step = partial(_named_step, on_step, name)
         with _room_for(name, tools.device):
-            results.operator.extend(operator_bench.measure_shape(*arguments, on_step=step))
+            cases.extend(
+                operator_bench.measure_shape(
+                    *arguments, with_operator=part == "operator", on_step=step
+                )
+            )
 
 
 def _named_step(on_step: Step, name: str, what: str) -> None:
@@ -760,13 +773,13 @@ def bench(
     Parameters
     ----------
     parts
-        Some of `PARTS`; all if None.
+        Some of `PARTS`; all but the last if None.
     problems
         Some of `SHAPES` or, for the operator, of its shapes; all if None. With names and no `parts`
         only `SHAPES` are measured.
     out
-        The file to write, for the operator the one beside it whose name ends in ``-operator``
-        unless nothing else is measured. If None, a whole run writes the GPU's records and the
+        The file to write; for ``operator`` and ``neighbours`` the one beside it whose name ends in
+        that, unless nothing else is measured. If None, a whole run writes the GPU's records and the
         package's table of choices, and one of some parts or problems writes nothing.
     seed
         Of the random inputs.
@@ -799,7 +812,7 @@ def bench(
     results = _Results()
     with _termination_interrupts(), _current_gpu() as machine:
         places = _Places.of(out, parts, machine.gpu.name if is_whole else None)
-        for path in filter(None, (places.ladder, places.operator)):
+        for path in filter(None, (places.ladder, places.operator, places.neighbours)):
             _require_writable(path.parent)
         if is_whole:
             _require_writable(measurements.FILE.parent)
@@ -842,21 +855,26 @@ def bench(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the two records are written, or None."""
+    """Where the records are written, or None."""
 
     ladder: Path | None
     operator: Path | None
+    neighbours: Path | None
 
     @classmethod
     def of(cls, out: Path | None, parts: Sequence[str], gpu: str | None) -> _Places:
         """Return the files for `parts`: beside `out`, or else those of a GPU's whole run."""
         if out is None:
             if gpu is None:
-                return cls(None, None)
+                return cls(None, None, None)
             out = records.FOLDER / f"{records.slug(gpu)}.json"
-        has_ladder = any(part in records.PARTS for part in parts)
-        beside = out.with_name(f"{out.stem}-operator{out.suffix}") if has_ladder else out
-        return cls(out if has_ladder else None, beside if "operator" in parts else None)
+        places: dict[str, Path | None] = {"ladder": None}
+        if any(part in records.PARTS for part in parts):
+            places["ladder"] = out
+        for part in _OPERATOR_PARTS:
+            beside = out if len(parts) == 1 else out.with_name(f"{out.stem}-{part}{out.suffix}")
+            places[part] = beside if part in parts else None
+        return cls(**places)
 
 
 @dataclass(frozen=True)
@@ -866,6 +884,7 @@ class _Outcome:
     seconds: float
     ladder: Record | None
     operator: operator_record.OperatorRecord | None
+    neighbours: operator_record.OperatorRecord | None
 
     @classmethod
     def of(cls, results: _Results, machine: _Machine, seed: int, seconds: float) -> _Outcome:
@@ -886,28 +905,34 @@ class _Outcome:
             shapes=tuple(results.shapes),
             growth={axis: tuple(points) for axis, points in results.growth.items()},
         )
-        operator = operator_record.OperatorRecord(
-            **common, meaning=operator_bench.meaning(), cases=tuple(results.operator)
-        )
-        return cls(
-            seconds, ladder if results.parts else None, operator if results.operator else None
-        )
+        meaning = operator_bench.meaning()
+        others = {
+            part: operator_record.OperatorRecord(**common, meaning=meaning, cases=tuple(cases))
+            if (cases := getattr(results, part))
+            else None
+            for part in _OPERATOR_PARTS
+        }
+        return cls(seconds, ladder if results.parts else None, **others)
+
+    @property
+    def others(self) -> dict[str, operator_record.OperatorRecord]:
+        """The records of `_OPERATOR_PARTS` that there are."""
+        found = {part: getattr(self, part) for part in _OPERATOR_PARTS}
+        return {part: record for part, record in found.items() if record}
 
     def texts(self, places: _Places) -> Iterator[tuple[Path, str, Callable[[], None]]]:
         """Give each record's place and text, and what checks and writes it."""
         if self.ladder and places.ladder:
             save = partial(records.save, self.ladder, places.ladder)
             yield places.ladder, records.as_text(self.ladder), save
-        if self.operator and places.operator:
-            save = partial(operator_record.save, self.operator, places.operator)
-            yield places.operator, operator_record.as_text(self.operator), save
+        for part, record in self.others.items():
+            if path := getattr(places, part):
+                save = partial(operator_record.save, record, path)
+                yield path, operator_record.as_text(record), save
 
     def keep(self, places: _Places, part: str) -> None:
         """Write what there is beside the records' places, and say so."""
-        finished = [
-            *(self.ladder.parts if self.ladder else ()),
-            *["operator"] * bool(self.operator),
-        ]
+        finished = [*(self.ladder.parts if self.ladder else ()), *self.others]
         for path, text, _ in self.texts(places):
             records.write_text(_partial(path), text)
             print(
@@ -932,12 +957,8 @@ class _Outcome:
     def tables(self) -> str:
         from convt_lab import operator_bench
 
-        return "\n\n".join(
-            [
-                *([tables(self.ladder)] if self.ladder else []),
-                *([operator_bench.tables(self.operator)] if self.operator else []),
-            ]
-        )
+        parts = [tables(self.ladder)] if self.ladder else []
+        return "\n\n".join([*parts, *map(operator_bench.tables, self.others.values())])
 
     def wrong(self) -> list[str]:
         """Return what of ours was wrong or failed."""
@@ -945,17 +966,17 @@ class _Outcome:
 
         return [
             *(_wrong_rows(self.ladder) if self.ladder else []),
-            *(operator_bench.wrong(self.operator) if self.operator else []),
+            *(line for record in self.others.values() for line in operator_bench.wrong(record)),
         ]
 
 
 def _chosen_parts(parts: Sequence[str] | None, problems: Sequence[str] | None) -> tuple[str, ...]:
     if parts is None:
-        return PARTS if problems is None else ("shapes",)
+        return PARTS[:-1] if problems is None else ("shapes",)
     for part in parts:
         if part not in PARTS:
             raise ProblemError(f"part {part!r}: must be one of {', '.join(map(repr, PARTS))}")
-    if problems is not None and not {"shapes", "operator"} & set(parts):
+    if problems is not None and not {"shapes", *_OPERATOR_PARTS} & set(parts):
         raise ProblemError(
             f"problems are named but parts={','.join(parts)} leaves out shapes: add it, or operator"
         )
@@ -968,7 +989,7 @@ def _chosen_names(
     """Return the names of the problems to measure in each part that has names."""
     from convt_lab import operator_bench  # which imports this module
 
-    known = {"shapes": SHAPES, "operator": operator_bench.shapes()}
+    known = {"shapes": SHAPES} | {p: operator_bench.problems(p) for p in _OPERATOR_PARTS}
     known = {part: tuple(names) for part, names in known.items() if part in parts}
     if problems is None:
         return known

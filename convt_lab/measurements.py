@@ -128,17 +128,17 @@ def without_bias(problem: Problem) -> Problem:
 
 
 def table_of(
-    record: OperatorRecord | None, ladder: Record | None = None, leave_out: Collection[str] = ()
+    *found: OperatorRecord, ladder: Record | None = None, leave_out: Collection[str] = ()
 ) -> Table:
-    """Make the table of one GPU.
+    """Make the table of one GPU model.
 
     Parameters
     ----------
-    record
-        The operator's record.
+    found
+        The operator's record, and its neighbours'. What several hold is taken from the first.
     ladder
-        The ladder's, of the same GPU model: its shapes and curves are further float32 problems.
-        What both hold is taken from `record`. At least one of the two must be there.
+        The ladder's record: its shapes and curves are further float32 problems. There must be at
+        least one record.
     leave_out
         Kernels that are never chosen.
 
@@ -146,17 +146,22 @@ def table_of(
     -------
     Table
     """
-    found: dict[Any, Measurement] = {}
-    for measurement in (*_of_ladder(ladder), *_of_operator(record)):
+    measured: dict[Any, Measurement] = {}
+    for measurement in (
+        *(m for record in found for m in _of_operator(record)),
+        *_of_ladder(ladder),
+    ):
         kernels = {n: s for n, s in measurement.kernels.items() if n not in leave_out}
-        found[measurement.key] = replace(measurement, kernels=kernels)
-    source = record or ladder
+        measured.setdefault(measurement.key, replace(measurement, kernels=kernels))
+    source = found[0] if found else ladder
     capability = source.gpu.compute_capability
-    return Table(source.gpu.name, capability, source.software, source.date, tuple(found.values()))
+    return Table(
+        source.gpu.name, capability, source.software, source.date, tuple(measured.values())
+    )
 
 
-def _of_operator(record: OperatorRecord | None) -> Iterable[Measurement]:
-    for case in record.cases if record else ():
+def _of_operator(record: OperatorRecord) -> Iterable[Measurement]:
+    for case in record.cases:
         if case.pytorch.seconds is None:
             continue
         kernels = {name: r.seconds for name, r in case.kernels.items() if r.seconds is not None}
@@ -194,13 +199,14 @@ def tables_of_records(folder: Path | None = None, leave_out: Collection[str] = (
     """
     folder = folder or records.FOLDER
     ladders = {name: records.load(folder / f"{name}.json") for name in records.names(folder)}
-    operators = {
-        name.removesuffix("-operator"): operator_record.load(folder / f"{name}.json")
-        for name in operator_record.names(folder)
-    }
+    others: dict[str, list[OperatorRecord]] = {}
+    for what in ("operator", "neighbours"):
+        for name in operator_record.names(folder, what):
+            record = operator_record.load(folder / f"{name}.json")
+            others.setdefault(name.removesuffix(f"-{what}"), []).append(record)
     return [
-        table_of(operators.get(name), ladders.get(name), leave_out)
-        for name in sorted({*ladders, *operators})
+        table_of(*others.get(name, ()), ladder=ladders.get(name), leave_out=leave_out)
+        for name in sorted({*ladders, *others})
     ]
 
 

@@ -25,13 +25,14 @@ from convt_lab.bench import Instruments, Step, converted, drawn
 from convt_lab.columns import aligned
 from convt_lab.ladder import Exact, exact, judge, poisoned
 from convt_lab.measure import FEWEST_RUNS, Timing
+from convt_lab.neighbours import NEIGHBOURS
 from convt_lab.operator import conv_transpose2d
 from convt_lab.operator_record import FORMS, PYTORCH, Case, Cold, OperatorRecord, Result
 from convt_lab.problem import Problem
 from convt_lab.records import Node, RowErrors
 from convt_lab.tasks import Task, TaskClock, cold_times, cudnn_at_its_best, with_best_choice
 
-__all__ = ["FILE", "Subjects", "measure_shape", "shapes", "tables", "wrong"]
+__all__ = ["FILE", "Subjects", "measure_shape", "problems", "shapes", "tables", "wrong"]
 
 #: The shapes that are measured.
 FILE = Path(__file__).parent / "data" / "shapes.json"
@@ -71,6 +72,11 @@ def shapes() -> Mapping[str, Problem]:
     return found
 
 
+def problems(part: str) -> Mapping[str, Problem]:
+    """Return the problems of a part by name: ``operator`` or ``neighbours``."""
+    return shapes() if part == "operator" else NEIGHBOURS
+
+
 @dataclass(frozen=True)
 class Subjects:
     """What is measured.
@@ -80,7 +86,7 @@ class Subjects:
     kernels
         Gives our kernels, by name, that take a problem in a dtype and memory format.
     operator
-        Called as ``torch.nn.functional.conv_transpose2d`` is.
+        Called as ``torch.nn.functional.conv_transpose2d`` is; None to measure the kernels alone.
     explain
         Says what the operator would choose for the same arguments.
     """
@@ -88,7 +94,7 @@ class Subjects:
     kernels: Callable[[Problem, torch.dtype, bool], Mapping[str, Callable[..., torch.Tensor]]] = (
         dispatch.candidates
     )
-    operator: Callable[..., torch.Tensor] = conv_transpose2d
+    operator: Callable[..., torch.Tensor] | None = conv_transpose2d
     explain: Callable[..., dispatch.Choice] = dispatch.explain
 
 
@@ -100,6 +106,7 @@ def measure_shape(
     tools: Instruments,
     seed: int = 0,
     subjects: Subjects | None = None,
+    with_operator: bool = True,
     on_step: Step = lambda what: None,
 ) -> Iterator[Case]:
     """Measure a shape in every form.
@@ -118,6 +125,8 @@ def measure_shape(
         Of the random inputs.
     subjects
         What is measured; the package's own if None.
+    with_operator
+        Whether to measure the operator too, and not only what it may choose.
     on_step
         Told what is done next.
 
@@ -127,6 +136,8 @@ def measure_shape(
         One for each of `FORMS`, in that order.
     """
     subjects = subjects or Subjects()
+    if not with_operator:
+        subjects = replace(subjects, operator=None)
     single = drawn(problem, seed, tools.device)
     images = sorted({0, problem.batch - 1})
     for dtype in dict.fromkeys(form[0] for form in FORMS):
@@ -208,7 +219,7 @@ def _measure(
         results, tasks = _judge_all(one, pytorch, on_step)
         _time(tasks, results, one, on_step)
         case = replace(case, pytorch=results.pop(PYTORCH), kernels=results)
-        if case.pytorch.cold is None:
+        if case.pytorch.cold is None or one.subjects.operator is None:
             return case
         return _with_operator(case, one, pytorch, gpu, software, on_step)
     finally:

@@ -4,6 +4,9 @@
 `convt_lab.measurements`, by which the operator chooses, are made from it. Reading checks
 everything, as in `convt_lab.records`.
 
+``records/<gpu>-neighbours.json`` is of the same form: further problems, measured for those tables
+alone, without the operator itself.
+
 The file (schema 1)
 -------------------
 All times are in seconds.
@@ -355,6 +358,14 @@ def load(path: Path | str) -> OperatorRecord:
     return from_json(records.read_json(path), str(path))
 
 
-def names(folder: Path | None = None) -> Sequence[str]:
-    """Return the names of the operator's records in a folder, that of the repository if None."""
-    return sorted(p.stem for p in (folder or records.FOLDER).glob("*-operator.json"))
+def names(folder: Path | None = None, what: str = "operator") -> Sequence[str]:
+    """Return the names of the records in a folder, that of the repository if None.
+
+    Parameters
+    ----------
+    folder
+        Where they are.
+    what
+        ``operator`` or ``neighbours``, with which a name ends.
+    """
+    return sorted(p.stem for p in (folder or records.FOLDER).glob(f"*-{what}.json"))

@@ -447,7 +447,8 @@ def lab_on_cpu(monkeypatch, tmp_path):
         lambda: {"batch": ((1, Problem(1, 2, 2, 4, 4)), (2, Problem(2, 2, 2, 4, 4)))},
     )
     monkeypatch.setattr(bench, "stages", {"first": FakeStage(), "second": FakeStage()})
-    monkeypatch.setattr(operator_bench, "shapes", lambda: {"small": Problem(2, 2, 2, 4, 4)})
+    small = {"small": Problem(2, 2, 2, 4, 4)}
+    monkeypatch.setattr(operator_bench, "problems", lambda part: small)
     subjects = operator_bench.Subjects(kernels=lambda *form: {"ours": FakeStage()})
     monkeypatch.setattr(operator_bench, "Subjects", lambda: subjects)
     monkeypatch.setattr(records, "FOLDER", tmp_path / "records")
@@ -539,6 +540,13 @@ class TestRun:
         assert out.endswith(f"wrote {file}\n")
         assert not measurements.FILE.exists()
         assert main("bench", "--only", "operator", "--problems", "small")[0] == 0
+
+    def test_the_neighbours_are_measured_without_the_operator(self, main, lab_on_cpu):
+        file = lab_on_cpu.parent / "near.json"
+        assert main("bench", "--only", "neighbours", "--out", file)[0] == 0
+        cases = operator_record.load(file).cases
+        assert [case.kernels["ours"].seconds for case in cases] == [0.001] * 6
+        assert {case.operator for case in cases} == {None}
 
     def test_both_records_of_a_run_of_some_parts(self, main, lab_on_cpu):
         file = lab_on_cpu.parent / "some.json"

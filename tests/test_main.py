@@ -9,11 +9,12 @@ import types
 
 import numpy as np
 import pytest
+import records_for_tests
 import torch
 
 import convt_lab as lab
 import convt_lab.__main__ as command_line
-from convt_lab import doctor, ladder, measure, reference
+from convt_lab import doctor, ladder, measure, measurements, records, reference
 from tests.strategies import problem_set
 
 PROBLEMS = problem_set(60)
@@ -323,6 +324,36 @@ class TestExport:
         assert result.status == 2
         assert result.err.count("\n") == 1
         assert "model.py" in result.err
+
+
+class TestDispatch:
+    @pytest.fixture
+    def folder(self, monkeypatch, tmp_path):
+        """A folder with one small record; the table would be written beside it."""
+        records.save(records_for_tests.record(), tmp_path / "records" / "nvidia-h200.json")
+        monkeypatch.setattr(measurements, "FILE", tmp_path / "data" / "dispatch.json")
+        return tmp_path / "records"
+
+    def test_the_table_is_made_from_the_records(self, main, folder):
+        result = main("dispatch", "--records", folder)
+        assert result.status == 0
+        assert result.out.startswith("NVIDIA H200: of 2 measurements, chosen by those of other")
+        assert result.err == f"wrote {measurements.FILE}\n"
+        (table,) = measurements.load(measurements.FILE)
+        assert len(table.measurements) == 2
+
+    def test_it_can_be_judged_without_being_written(self, main, folder):
+        result = main("dispatch", "--records", folder, "--no-write")
+        assert "of 2 measurements" in result.out
+        assert not measurements.FILE.exists()
+
+    def test_a_damaged_record_is_named(self, main, folder):
+        (folder / "nvidia-t4-operator.json").write_text("{}")
+        result = main("dispatch", "--records", folder)
+        assert result.status == 2
+        assert result.err.count("\n") == 1
+        assert "nvidia-t4-operator.json: schema is missing" in result.err
+        assert not measurements.FILE.exists()
 
 
 class TestCommandLine:

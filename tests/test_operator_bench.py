@@ -87,6 +87,18 @@ class TestShapes:
             operator_bench.shapes.__wrapped__()
 
 
+class TestNeighbours:
+    def test_they_are_others_and_of_every_kind(self):
+        assert operator_bench.problems("operator") is operator_bench.shapes()
+        near = operator_bench.problems("neighbours")
+        assert not set(near.values()) & set(operator_bench.shapes().values())
+        kinds = {dispatch.kind(problem) for problem in near.values()}
+        assert len(kinds) == 6
+        assert "4x96x112x112 to 96 k7x7 p3x3 g96" in near
+        assert len(near) == len(set(near.values()))
+        assert all(2 * p.compulsory_bytes < 2**31 for p in near.values())
+
+
 class TestMeasuring:
     def test_every_form_is_measured(self):
         cases = measured({"ours": Ours()}, ByName(ours=0.0005))
@@ -259,3 +271,25 @@ class TestTables:
             "broken on one, float32 (KernelError: it stopped)",
         ]
         assert "wrong on one, float16 last" in operator_bench.wrong(RECORD)
+
+
+@pytest.mark.gpu
+class TestOnAGPU:
+    def test_a_small_problem(self):
+        from convt_lab.bench import _current_gpu
+        from convt_lab.stages import kernels
+
+        problem = Problem(2, 16, 16, 65, 80, kernel_size=(3, 7))
+        with _current_gpu() as machine:
+            arguments = "small", problem, machine.gpu, machine.software, machine.tools
+            cases = list(operator_bench.measure_shape(*arguments))
+        assert operator_bench.wrong(record(*cases)) == []
+        assert [case.form for case in cases] == list(FORMS)
+        assert cases[0].kernels
+        for one in cases:
+            assert set(one.kernels) <= set(kernels)
+            assert 0.9 < one.speedup < 100
+            # The choice follows from the times.
+            assert (one.choice == one.best) or one.choice == "pytorch"
+        errors = [one.pytorch.errors.relative_l2 for one in cases]
+        assert errors[0] < 1e-5 < errors[2]  # with and without TF32

@@ -148,7 +148,7 @@ class TestMeasurements:
         )
 
     def test_of_the_ladders_record(self):
-        table = measurements.table_of(None, ladder_record(), leave_out=["first"])
+        table = measurements.table_of(ladder=ladder_record(), leave_out=["first"])
         assert [(m.problem.batch, m.tf32, m.pytorch) for m in table.measurements] == [
             (2, False, 0.004),
             (1, False, 0.004),
@@ -157,7 +157,9 @@ class TestMeasurements:
 
     def test_the_operators_record_comes_first(self):
         star = ladder_record().shapes[0].problem
-        both = measurements.table_of(record(case(pytorch=0.5, problem=star)), ladder_record())
+        both = measurements.table_of(
+            record(case(pytorch=0.5, problem=star)), ladder=ladder_record()
+        )
         assert len(both.measurements) == 2
         (one,) = [m for m in both.measurements if m.problem == star]
         assert one.pytorch == 0.5
@@ -169,7 +171,14 @@ class TestMeasurements:
         assert len(table.measurements) == 2
         operator_record.save(RECORD, tmp_path / "nvidia-h200-operator.json")
         operator_record.save(RECORD, tmp_path / "nvidia-t4-operator.json")
+        near = record(case(problem=Problem(3), shape="near"), case(pytorch=7.0))
+        operator_record.save(near, tmp_path / "nvidia-h200-neighbours.json")
         one, two = measurements.tables_of_records(tmp_path)
+        assert records.names(tmp_path) == ("nvidia-h200",)
+        assert one.gpu == two.gpu == "NVIDIA H200"
+        assert len(one.measurements) == 2 + 1 + 1  # the ladder's star is the operator's `one`
+        assert [m.problem for m in one.measurements[:3]].count(Problem(3)) == 1
+        assert 7.0 not in {m.pytorch for m in one.measurements}
         assert {m.dtype for m in one.measurements} == {"float32", "float16"}
         assert len(two.measurements) == 2
 
