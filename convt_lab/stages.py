@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from convt_lab.backend import KERNEL_FOLDER, Array
-from convt_lab.problem import Problem
+from convt_lab.problem import Axis, Problem
 from convt_lab.program import BackendName, Program
 from convt_lab.program import compile as compile_source
 from convt_lab.simulator.planning import Launch
@@ -347,5 +347,42 @@ stages: Mapping[str, Stage] = MappingProxyType(
     }
 )
 
-#: All kernels: the ladder's, then those that are no rungs, which serve the operator.
-kernels: Mapping[str, Kernel] = MappingProxyType({**stages})
+_STORED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _fits_cells(problem: Problem) -> bool:
+    """Say what ``covers`` of kernels/cells.cuh says."""
+
+    def reach(axis: Axis) -> int:
+        """Bound how many inputs in a row one cell of outputs meets."""
+        return ((axis.kernel - 1) * axis.dilation + axis.stride - 1) // axis.stride + 1
+
+    rows, columns = problem.axes
+    return (
+        max(rows.stride, columns.stride) <= 16
+        and max(reach(rows), reach(columns)) <= 32
+        and rows.kernel * -(-reach(columns) // 4) * 4 <= 256
+        and rows.stride * columns.out_size * 4 < 2**31
+    )
+
+
+#: Kernels that are no rungs, which serve the operator.
+_OTHERS = (
+    Kernel(
+        "one_channel",
+        "Each thread slides over the inputs of its outputs, which are of all phases.",
+        dtypes=_STORED,
+        covers=lambda problem: problem.out_channels == problem.groups and _fits_cells(problem),
+    ),
+    Kernel(
+        "few_channels",
+        "The same for up to eight channels at once, which share the inputs.",
+        dtypes=_STORED,
+        covers=_fits_cells,
+    ),
+)
+
+#: All kernels: the ladder's, then those that are no rungs.
+kernels: Mapping[str, Kernel] = MappingProxyType(
+    {**stages, **{kernel.name: kernel for kernel in _OTHERS}}
+)

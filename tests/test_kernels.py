@@ -1,0 +1,288 @@
+"""The kernels that are no rungs against float64, on what they cover, in every type."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from strategies import inputs, problem_set
+
+import convt_lab as lab
+from convt_lab.backend import KERNEL_FOLDER
+from convt_lab.reference import FLOAT32_GATE, condition_error, scatter
+from convt_lab.stages import _ConvTransposeProblem, kernels
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+KERNELS = [name for name in kernels if name not in lab.stages]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+#: Of one rounding to the type.
+UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """Let what torch allocates start as NaN, so that a pixel nobody wrote can't look right."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def data_of(problem, dtype=torch.float32, **settings):
+    return [None if t is None else t.to(dtype) for t in inputs(problem, **settings)]
+
+
+def run(kernel, x, weight, bias=None, device="cpu", *, channels_last=False, **arguments):
+    """Run a kernel on copies on `device`; the result is on the CPU."""
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    tensors = [None if t is None else t.to(device) for t in (x, weight, bias)]
+    return kernels[kernel](*tensors, **arguments).cpu()
+
+
+def formats(kernel):
+    return [False, True] if kernels[kernel].takes_channels_last else [False]
+
+
+#: What the random problems have little of: many channels on one side, groups of several channels,
+#: strides whose phases a thread has to share with others, rows of whole vectors and others, and
+#: images that fill several tiles.
+MORE = [
+    lab.Problem(2, 6, 6, 19, 64, kernel_size=(3, 7), groups=6, bias=True),
+    lab.Problem(1, 4, 4, 33, 36, kernel_size=4, stride=2, padding=1, groups=4),
+    lab.Problem(1, 2, 2, 5, 700, kernel_size=(3, 9), padding=(1, 4), groups=2),
+    lab.Problem(1, 3, 3, 150, 9, kernel_size=5, stride=(1, 3), padding=2, groups=3, bias=True),
+    lab.Problem(1, 40, 1, 12, 24, kernel_size=9, stride=2, padding=4, output_padding=1),
+    lab.Problem(1, 30, 1, 9, 12, kernel_size=9, stride=3, padding=4, output_padding=2),
+    lab.Problem(1, 40, 3, 9, 40, kernel_size=(3, 7), bias=True),
+    lab.Problem(2, 20, 3, 8, 8, kernel_size=4, stride=2, padding=1, bias=True),
+    lab.Problem(1, 3, 70, 7, 44, kernel_size=(3, 7), bias=True),
+    lab.Problem(1, 32, 32, 14, 14, kernel_size=3, stride=2, padding=1, output_padding=1, groups=4),
+    lab.Problem(
+        1, 16, 32, 9, 24, kernel_size=(3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1),
+        groups=2, bias=True,
+    ),
+    lab.Problem(1, 8, 20, 5, 12, kernel_size=3, stride=5, padding=1, dilation=2),
+    lab.Problem(1, 7, 7, 6, 9, kernel_size=16, stride=8),
+    lab.Problem(1, 3, 5, 4, 5, kernel_size=2, stride=(16, 13), bias=True),
+    lab.Problem(1, 2, 3, 5, 6, kernel_size=(3, 2), dilation=(15, 31)),
+    lab.Problem(1, 5, 8, 3, 3, kernel_size=(8, 32), bias=True),
+    lab.Problem(1, 2, 9, 70, 70, kernel_size=1),
+]  # fmt: skip
+
+
+def cases(kernel, dtype=torch.float32, channels_last=False, step=1):
+    """Yield (number, problem) of what the kernel covers."""
+    for number, problem in enumerate([*problem_set(300)[::step], *MORE]):
+        if problem.batch and kernels[kernel].supports(problem, dtype, channels_last):
+            yield number, problem
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+class TestValues:
+    def test_float64_agrees(self, kernel, device):
+        count = 0
+        for channels_last in formats(kernel):
+            for number, problem in cases(kernel, channels_last=channels_last):
+                x, weight, bias = data_of(problem, seed=number)
+                y = run(
+                    kernel, x, weight, bias, device, channels_last=channels_last,
+                    **problem.arguments,
+                )  # fmt: skip
+                error = condition_error(y, x, weight, bias, **problem.arguments)
+                assert error <= FLOAT32_GATE, problem
+                count += 1
+        assert count >= 30
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    def test_in_half_the_bits_only_storing_rounds(self, kernel, dtype, device):
+        for channels_last in formats(kernel):
+            for number, problem in cases(kernel, dtype, channels_last, step=3):
+                tensors = data_of(problem, dtype, seed=number)
+                y = run(kernel, *tensors, device, channels_last=channels_last, **problem.arguments)
+                assert y.dtype == dtype
+                exact = [None if t is None else t.float() for t in tensors]
+                sums = run(kernel, *exact, device, channels_last=channels_last, **problem.arguments)
+                assert torch.equal(y, sums.to(dtype)), problem
+                expected = scatter(*exact, **problem.arguments)
+                size = np.abs(expected).max()
+                np.testing.assert_allclose(
+                    y.double(), expected, rtol=1.01 * UNITS[dtype], atol=1e-5 * max(size, 1)
+                )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_small_integers_are_exact(self, kernel, dtype, device):
+        for channels_last in formats(kernel):
+            for number, problem in cases(kernel, dtype, channels_last, step=7):
+                tensors = data_of(problem, dtype, seed=number, kind="small_integers")
+                expected = scatter(
+                    *(None if t is None else t.float() for t in tensors), **problem.arguments
+                )
+                y = run(kernel, *tensors, device, channels_last=channels_last, **problem.arguments)
+                rounded = torch.from_numpy(expected).to(dtype)
+                assert torch.equal(y, rounded), problem
+
+    def test_the_bits_of_the_stages_each_time(self, kernel, device):
+        for number, problem in cases(kernel, step=7):
+            x, weight, bias = data_of(problem, seed=number)
+            y = run(kernel, x, weight, bias, device, **problem.arguments)
+            assert torch.equal(y, run(kernel, x, weight, bias, device, **problem.arguments))
+            stage = lab.stages["coalesced"](x, weight, bias, **problem.arguments)
+            assert torch.equal(y, stage), problem
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_storage_that_is_not_aligned(self, kernel, dtype, device):
+        """Rows of whole vectors don't help if the first value lies between two."""
+        for _, problem in cases(kernel, dtype, step=30):
+            x, weight, bias = data_of(problem, dtype)
+            y = run(kernel, x, weight, bias, device, **problem.arguments)
+            for offset in (1, 2):
+                room = torch.zeros(x.numel() + offset, dtype=dtype, device=device)
+                shifted = room[offset:].view(x.shape).copy_(x)
+                tensors = [None if t is None else t.to(device) for t in (weight, bias)]
+                again = kernels[kernel](shifted, *tensors, **problem.arguments)
+                assert torch.equal(again.cpu(), y), problem
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_that_are_not_finite_stay_in_their_windows(kernel, value, dtype, device):
+    """There is no product with what lies beyond the edge, nor with a tap that a phase lacks."""
+    settings = [
+        {"kernel_size": (3, 7), "padding": (1, 2)},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        {"kernel_size": (3, 4), "stride": (2, 5), "padding": 1, "dilation": (1, 3)},
+    ]
+    for setting in settings:
+        for channels in ({}, {"in_channels": 3, "out_channels": 3}):
+            base = {"batch": 2, "in_channels": 6, "out_channels": 15, "height": 9, "width": 12}
+            problem = lab.Problem(**{**base, "groups": 3, **channels, **setting})
+            if not kernels[kernel].supports(problem, dtype):
+                continue
+            for place in ("x", "weight"):
+                x, weight, _ = data_of(problem, dtype)
+                if place == "x":
+                    x[1, 2, 3, 4] = value
+                    x[0, 0, 0, 0] = value
+                else:
+                    weight[1, 0, 0, -1] = value
+                    weight[2, -1, 2, 0] = -value
+                expected = torch.from_numpy(scatter(x.float(), weight.float(), **problem.arguments))
+                assert not expected.isfinite().all()
+                for channels_last in formats(kernel):
+                    y = run(
+                        kernel, x, weight, None, device, channels_last=channels_last,
+                        **problem.arguments,
+                    ).double()  # fmt: skip
+                    assert torch.equal(y.isnan(), expected.isnan())
+                    assert torch.equal(y[expected.isinf()], expected[expected.isinf()])
+                    assert y.isfinite().equal(expected.isfinite())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_there_are_no_hazards(kernel, dtype):
+    for number, problem in cases(kernel, dtype, step=25):
+        if problem.multiply_adds > 100_000:
+            continue
+        tensors = data_of(problem, dtype, seed=number)
+        report = kernels[kernel].profile(*tensors, **problem.arguments)
+        assert report.hazards == (), problem
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_more_than_2_31_outputs(kernel, groups):
+    problem = lab.Problem(
+        9, 2, 2, 8192, 8192, kernel_size=(2, 4), stride=2, padding=(0, 1), groups=groups
+    )
+    if not kernels[kernel].supports(problem, torch.float16):
+        pytest.skip("not covered")
+    x = torch.zeros(problem.input_shape, dtype=torch.float16, device="cuda")
+    x[-1, -1, -3:, -5:] = torch.arange(15, device="cuda").view(3, 5).half()
+    weight = torch.ones(problem.weight_shape, dtype=torch.float16, device="cuda")
+    y = kernels[kernel](x, weight, None, **problem.arguments)
+    assert y.numel() > 2**31
+    part = dataclasses.replace(problem, batch=1, height=8, width=8)
+    expected = torch.nn.functional.conv_transpose2d(
+        x[-1:, :, -8:, -8:].cpu().double(), weight.cpu().double(), **part.arguments
+    )
+    assert torch.equal(y[-1:, :, -12:, -12:].cpu().double(), expected[:, :, -12:, -12:])
+    assert y[:-1].abs().max() == 0
+
+
+class TestWhatIsCovered:
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_the_launcher_agrees(self, kernel):
+        """A launcher plans what is supported and refuses what is not."""
+        rare = [
+            lab.Problem(1, 1, 1, 5, 5, kernel_size=3, stride=17),
+            lab.Problem(1, 1, 1, 5, 5, kernel_size=(33, 1)),
+            lab.Problem(1, 1, 1, 5, 5, kernel_size=(1, 32)),
+            lab.Problem(1, 1, 1, 5, 5, kernel_size=(8, 32)),
+            lab.Problem(1, 1, 1, 5, 5, kernel_size=(9, 32)),
+            lab.Problem(1, 1, 1, 5, 5, kernel_size=3, dilation=(15, 1)),
+            lab.Problem(1, 1, 1, 5, 5, kernel_size=3, dilation=(16, 1)),
+            lab.Problem(1, 1, 1, 5, 5, kernel_size=(2, 3), stride=(16, 15), dilation=(200, 9)),
+            lab.Problem(1, 1, 1, 2, 5 * 10**8, kernel_size=3),
+            lab.Problem(1, 1, 1, 2, 10**9, kernel_size=3),
+            lab.Problem(1, 500, 500, 7, 7, kernel_size=3, stride=2),
+        ]
+        answers = set()
+        for problem in [*problem_set(300)[::10], *MORE, *rare]:
+            if problem.batch == 0:
+                continue
+            for dtype in DTYPES:
+                answer = kernels[kernel].supports(problem, dtype)
+                answers.add(answer)
+                if answer:
+                    (launch,) = kernels[kernel].launches(problem, dtype=dtype)
+                    assert launch.shared_bytes <= 60 * 1024
+                else:
+                    with pytest.raises(lab.KernelError):
+                        kernels[kernel].launches(problem, dtype=dtype)
+        assert answers == {False, True}
+
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_refusals(self, kernel):
+        problem = lab.Problem(1, 1, 1, 5, 5, kernel_size=3, stride=17)
+        x, weight, bias = inputs(problem)
+        with pytest.raises(ValueError, match=f"{kernel} does not cover"):
+            kernels[kernel](x, weight, bias, **problem.arguments)
+        with pytest.raises(TypeError, match="x has dtype"):
+            kernels[kernel](x.double(), weight.double())
+        with pytest.raises(TypeError, match=r"weight has dtype torch\.float16 and x"):
+            kernels[kernel](x, weight.half())
+        assert not kernels[kernel].supports(problem)
+        assert not kernels[kernel].supports(lab.Problem(), torch.float64)
+
+    @pytest.mark.parametrize("stage", list(lab.stages))
+    def test_a_stage_is_for_contiguous_float32(self, stage):
+        problem = lab.Problem()
+        assert lab.stages[stage].supports(problem)
+        assert not lab.stages[stage].supports(problem, torch.float16)
+        assert not lab.stages[stage].supports(problem, torch.float32, channels_last=True)
+        assert lab.stages[stage].launcher() == stage
+
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_every_launcher_exists(self, kernel):
+        source = (KERNEL_FOLDER / f"{kernel}.cu").read_text()
+        for dtype in kernels[kernel].dtypes:
+            for channels_last in formats(kernel):
+                symbol = kernels[kernel].launcher(dtype, channels_last)
+                assert f'extern "C" cudaError_t {symbol}(' in source
+        assert kernels[kernel].launcher() == kernel
+        assert kernels[kernel].launcher(torch.bfloat16) == f"{kernel}_bfloat16"
+
+    def test_a_launcher_refuses_what_is_not_covered(self):
+        program = kernels["few_channels"].program("simulator")
+        problem = _ConvTransposeProblem.of(lab.Problem(kernel_size=33))
+        with pytest.raises(lab.KernelError):
+            program.call("few_channels", None, None, None, None, problem)
