@@ -86,13 +86,13 @@ def counting_runs():
 @contextmanager
 def tf32(is_allowed):
     """Set whether cuDNN may compute float32 convolutions with TF32."""
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "tf32" if is_allowed else "ieee"
+    # Not cudnn.conv.fp32_precision: after that, whoever reads the older setting gets an error.
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = is_allowed
     try:
         yield
     finally:
-        convolutions.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def without_tf32(device):

@@ -18,6 +18,7 @@ OURS = ["simulator", *(pytest.param(p, marks=pytest.mark.gpu) for p in ("cuda", 
 # What PyTorch's compiler does itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
 ]
 
@@ -143,6 +144,15 @@ class TestCompile:
         x, weight, bias = tensors(path)
         compiled = torch.compile(ours, fullgraph=True)
         agree([compiled(x[0], weight, bias)], [theirs(x[0], weight, bias)])
+
+    @our_paths
+    def test_sequences_of_one(self, path):
+        x, weight, _ = tensors(path)
+        arguments = dict(stride=[2], padding=(1,), output_padding=[1], dilation=(1,), groups=2)
+        compiled = torch.compile(lambda x: lab.conv_transpose2d(x, weight, **arguments))
+        agree([compiled(x)], [F.conv_transpose2d(x, weight, **arguments)])
+        mapped = torch.func.vmap(lambda x: lab.conv_transpose2d(x, weight, **arguments))(x[None])
+        agree([mapped[0]], [F.conv_transpose2d(x, weight, **arguments)])
 
     @our_paths
     def test_autocast(self, path):

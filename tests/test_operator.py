@@ -622,7 +622,7 @@ class TestOnAGPU:
                 gradients = torch.autograd.grad(y.square().sum(), (leaf, *plain.parameters()))
                 results.append((y.clone(), *(g.clone() for g in gradients)))
             for ours, theirs in zip(*results, strict=True):
-                torch.testing.assert_close(ours, theirs)
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
     def test_a_second_gpu(self, ours_on_gpu):
