@@ -31,13 +31,13 @@ def device_of(path):
 
 
 @contextmanager
-def on_path(path):
-    """Let calls go a path; yields the device's type."""
+def on_path(path, kernel=KERNEL):
+    """Let calls go a path, to `kernel` if it is one of ours; yields the device's type."""
     if path not in ("simulator", "cuda_ours"):
         yield device_of(path)
         return
     with pytest.MonkeyPatch.context() as patch, kernels_on_the_cpu(patch, path == "simulator"):
-        patch.setattr(dispatch, "choose", choose(KERNEL))
+        patch.setattr(dispatch, "choose", choose(kernel))
         yield device_of(path)
 
 

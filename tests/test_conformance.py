@@ -13,6 +13,14 @@ from strategies import SETTINGS, inputs, problem_set, problems
 
 import convt_lab as lab
 from convt_lab.reference import FLOAT32_GATE, condition_error, scatter
+from convt_lab.stages import kernels
+
+#: Many channels with one in and one out for each group, which few random problems have.
+DEPTHWISE = [
+    lab.Problem(2, 32, 32, 9, 13, 4, stride=2, padding=1, groups=32, bias=True),
+    lab.Problem(1, 8, 8, 8, 16, 3, stride=2, padding=1, output_padding=1, groups=8),
+    lab.Problem(1, 17, 17, 5, 7, (3, 7), dilation=(2, 1), groups=17, bias=True),
+]
 
 
 @pytest.fixture(params=PATHS)
@@ -170,6 +178,47 @@ def test_other_dtypes(path, dtype):
         )
         allowed = torch.finfo(dtype).eps * (size + 1e-6) * (64 if dtype == torch.float64 else 2)
         assert ((y.cpu().double() - expected).abs() <= allowed).all(), problem
+
+
+ALL_PROBLEMS = (*problem_set(300), *DEPTHWISE)
+UNITS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.mark.parametrize("path", ["simulator", pytest.param("cuda_ours", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kernel", kernels)
+def test_each_kernel_in_each_dtype_and_memory_format(kernel, path):
+    """Every kernel that the dispatch may choose, through the operator."""
+    device = device_of(path)
+    with on_path(path, kernel), without_tf32(device), counting_runs() as runs:
+        for dtype in kernels[kernel].dtypes:
+            for channels_last in (False, True)[: 1 + kernels[kernel].takes_channels_last]:
+                covered = [
+                    problem
+                    for problem in ALL_PROBLEMS
+                    if kernels[kernel].supports(problem, dtype, channels_last) and problem.batch > 0
+                ]
+                assert covered, "give it a problem"
+                runs.clear()
+                for number, problem in enumerate(covered[:: max(1, len(covered) // 8)]):
+                    check_kernel(problem, number, dtype, channels_last, device)
+                assert kernel in runs
+
+
+def check_kernel(problem, number, dtype, channels_last, device):
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    tensors = [None if t is None else t.to(dtype) for t in inputs(problem, number)]
+    x, weight, bias = (None if t is None else t.to(device) for t in tensors)
+    x = x.to(memory_format=order)
+    y = lab.conv_transpose2d(x, weight, bias, **problem.arguments)
+    assert y.stride() == F.conv_transpose2d(x, weight, bias, **problem.arguments).stride()
+    wide = [None if t is None else t.double() for t in tensors]
+    expected = torch.from_numpy(scatter(*wide, **problem.arguments))
+    size = torch.from_numpy(
+        scatter(*(None if t is None else t.abs() for t in wide), **problem.arguments)
+    )
+    # Sums are in float32; a narrower output is rounded once.
+    allowed = (FLOAT32_GATE * UNITS[torch.float32] + UNITS[dtype]) * size + 1e-7
+    assert ((y.cpu().double() - expected).abs() <= allowed).all(), problem
 
 
 @functools.cache
