@@ -204,18 +204,30 @@ def test_winograd_by_hand():
 
 
 def test_register_blocked_general_by_hand():
-    """Stride 2: four phases, each a tile of 16 x 32 pixels and 16 channels, a FMA for each tap."""
+    """Stride 2: four phases, each one tile of four warps with 4 pixels and 8 channels a thread.
+
+    For each input channel and row of up to 4 taps a warp loads a window of 8 inputs, 2 vectors that
+    differ from lane to lane (4 wavefronts each), and 8 weights a tap, 2 vectors that do not (2).
+    """
     problem = lab.Problem.named("strided_small")
     report = profile("register_blocked", "strided_small")
-    rows, columns = problem.axes
-    taps = [
-        len(range(k_first, axis.kernel, axis.k_step))
-        for axis in (rows, columns)
-        for k_first in range(axis.k_step)
-    ]
-    pairs = (taps[0] + taps[1]) * (taps[2] + taps[3])
-    assert pairs == problem.kernel_size[0] * problem.kernel_size[1]
-    assert report.fma == 128 * 16 * 4 * problem.in_channels * pairs
+    assert problem.out_channels == 8
+    assert report.grid_blocks == 4
+    rows, columns = (
+        [len(range(first, axis.kernel, axis.k_step)) for first in range(axis.k_step)]
+        for axis in problem.axes
+    )
+    assert (sum(rows), sum(columns)) == problem.kernel_size
+    assert max(columns) <= 4
+    warps_and_channels = 4 * problem.in_channels
+    taps, rows_of_taps = sum(rows) * sum(columns), sum(rows) * len(columns)
+    assert report.fma == 32 * warps_and_channels * taps * 4 * 8
+    vectors = [s for s in loads_of_vectors(report) if s.bytes_requested == 16 * s.active_lanes]
+    assert sum(s.requests for s in vectors) == warps_and_channels * (2 * rows_of_taps + 2 * taps)
+    assert sum(s.wavefronts for s in vectors) == warps_and_channels * (
+        2 * 4 * rows_of_taps + 2 * 2 * taps
+    )
+    assert report.hazards == ()
 
 
 def test_reuse_and_footprint():

@@ -71,13 +71,15 @@ inline bool has_aligned_rows(const float* input, const ConvTransposeProblem& p) 
   return p.width % 4 == 0 && reinterpret_cast<std::uintptr_t>(input) % 16 == 0;
 }
 
-// Shared memory that a block may have, in floats: what was asked for, or what the device has.
+// Shared memory that a block may ask for at its launch, in floats: what was wanted, or what the
+// device has beside what kernels declare.
 inline int64_t shared_floats(int wanted_bytes) {
+  constexpr int declared_bytes = 1024;  // at most
   int device = 0, bytes = 48 * 1024;
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
-  return min(wanted_bytes, bytes) / static_cast<int>(sizeof(float));
+  return min(wanted_bytes, bytes - declared_bytes) / static_cast<int>(sizeof(float));
 }
 
 // How many SMs the device has.

@@ -604,10 +604,7 @@ struct Device {
   int multiprocessors;
 };
 
-static Device current_device() {
-  constexpr int of_tile = 1024 / sizeof(float);  // Tile, and room to spare
-  return {shared_floats(INT32_MAX) - of_tile, multiprocessors()};
-}
+static Device current_device() { return {shared_floats(INT32_MAX), multiprocessors()}; }
 
 // A way to cut a problem, and the time that it would take, in FMAs of a thread.
 struct Plan {
