@@ -103,7 +103,6 @@ struct Sizes {
   static constexpr int ROOM = CHANNELS <= 2 ? CHANNELS : (CHANNELS + 3) / 4 * 4;
   static constexpr int STEP_FLOATS = PHASES * ROOM;  // weights of one e
   static constexpr int STAGE = 32 * OUTPUTS;         // floats in which a warp turns its outputs
-  static constexpr int BLOCKS_PER_SM = PHASES * CHANNELS > 1 ? 2 : 3;
 
   static constexpr int IN_FLIGHT = PHASES * CHANNELS > 8 ? 1 : 2;  // vectors of inputs
 
@@ -165,6 +164,32 @@ __device__ __forceinline__ void copy_inputs(float* tile, const T* __restrict__ p
       to += step * plan.pitch;
     }
   }
+}
+
+// The same for float32, one by one and asynchronously: all are in flight at once. A thread keeps
+// its two columns, half a row apart.
+__device__ __forceinline__ void copy_inputs_async(float* tile, const float* __restrict__ planes,
+                                                  const ConvTransposeProblem& p, const Plan& plan,
+                                                  int count_ci, int first_h, int first_w) {
+  const int half = plan.pitch / 2, step = plan.copied_rows;
+  int row = threadIdx.x / half;
+  if (row >= step) return;
+  const int column = threadIdx.x - row * half;
+  const int left = first_w + column, right = left + half;
+  const bool inside[2] = {left >= 0 && left < p.width, right >= 0 && right < p.width};
+  const int64_t next_rows = static_cast<int64_t>(step) * p.width;
+  const int64_t next_plane = (static_cast<int64_t>(p.height) - plan.halo_h) * p.width;
+  const float* x = planes + static_cast<int64_t>(first_h + row) * p.width + left;
+  const float* const end = tile + count_ci * plan.halo_h * plan.pitch;
+  for (float* to = tile + row * plan.pitch + column; to < end; to += step * plan.pitch) {
+    for (; row >= plan.halo_h; row -= plan.halo_h) x += next_plane;
+    const bool exists = static_cast<unsigned>(first_h + row) < static_cast<unsigned>(p.height);
+    copy_or_zero(to, x, exists && inside[0]);
+    copy_or_zero(to + half, x + half, exists && inside[1]);
+    row += step;
+    x += next_rows;
+  }
+  __pipeline_commit();
 }
 
 // Packs the weights of channels from `first_co` on by (ci, kh, warp_co, e, phase, channel), zeros
@@ -292,7 +317,7 @@ __device__ __forceinline__ void add_row(Sums<PHASES, CHANNELS>& sum, const float
       for (int j = 0; j < THREAD_W; ++j) window[g][THREAD_W + j] = window[g][j];
     }
   };
-  if (CHANNELS <= 2 || (PHASES * CHANNELS <= 8 && is_dense)) {
+  if (CHANNELS <= 2 || (PHASES * CHANNELS <= 12 && is_dense)) {
 #pragma unroll 1
     for (; count >= STEPS_E; count -= STEPS_E) {
       load();
@@ -358,7 +383,7 @@ __device__ __forceinline__ bool write_rows(const float* stage, T* image, float s
   constexpr int OF_LANE = THREAD_W * PHASES / VECTOR;
   const int lane = threadIdx.x % 32;
   bool not_a_number = false;
-#pragma unroll
+#pragma unroll(VECTOR)
   for (int i = 0; i < OF_LANE; ++i) {
     const int place = i * 32 + lane;
     const int row = place / OF_LANE >> plan.lanes_shift;
@@ -399,8 +424,79 @@ __device__ __forceinline__ bool write_parts(const float* stage, T* image, float 
   return not_a_number;
 }
 
+// A block is tiles one below the other in a strip of cells, a part of the phases, some output
+// channels of a group, an image.
+struct Block {
+  int first_cell_w, first_slot, first_phase, first_co, group, n;
+};
+
+template <int PHASES, int CHANNELS>
+__device__ __forceinline__ Block find_block(unsigned index, const ConvTransposeProblem& p,
+                                            const Plan& plan) {
+  Block block;
+  block.first_cell_w = take_digit(index, plan.strips) * THREAD_W << plan.lanes_shift;
+  block.first_slot =
+      take_digit(index, plan.parts_h) * plan.tiles * plan.passes * (WARPS / plan.warps_co);
+  block.first_phase = take_digit(index, plan.parts_phase) * PHASES;
+  block.first_co = take_digit(index, plan.parts_co) * plan.warps_co * CHANNELS;
+  block.group = take_digit(index, p.groups);
+  block.n = index;
+  return block;
+}
+
+// Replaces those outputs of a block that are NaN by their sums by the definition.
 template <class T, int PHASES, int CHANNELS>
-__global__ void __launch_bounds__(THREADS, (Sizes<PHASES, CHANNELS>::BLOCKS_PER_SM))
+__device__ __forceinline__ void sum_block_again(const T* __restrict__ input,
+                                                const T* __restrict__ weight,
+                                                const T* __restrict__ bias, T* output,
+                                                const ConvTransposeProblem& p, const Axis& rows,
+                                                const Axis& columns, const Plan& plan) {
+  // There is one y. The compiler does not know, and keeps none of this in registers until here.
+  const Block block = find_block<PHASES, CHANNELS>(blockIdx.x + blockIdx.y, p, plan);
+  const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
+  const T* const planes =
+      input + (static_cast<int64_t>(block.n) * p.in_channels + block.group * group_in) *
+                  (static_cast<int64_t>(p.height) * p.width);
+  const int64_t filter_size = static_cast<int64_t>(p.kernel_h) * p.kernel_w;
+  const T* const filters = weight + block.group * group_in * (group_out * filter_size);
+  const int row_cells = THREAD_W << plan.lanes_shift;
+  const int slot_h = Sizes<PHASES, CHANNELS>::GROUPS * (32 >> plan.lanes_shift);
+  const int slots = plan.tiles * plan.passes * (WARPS / plan.warps_co);
+  for (int c = 0; c < plan.warps_co * CHANNELS && block.first_co + c < group_out; ++c) {
+    const int co = block.group * group_out + block.first_co + c;
+    const float shift = bias == nullptr ? -0.0f : to_float(bias[co]);
+    T* const plane = output + (static_cast<int64_t>(block.n) * p.out_channels + co) *
+                                  (static_cast<int64_t>(p.out_height) * p.out_width);
+    for (int slot = 0; slot < slots; ++slot) {
+      const int cell_h = (block.first_slot + slot) / p.stride_h * slot_h;
+      for (int i = threadIdx.x; i < slot_h * row_cells * PHASES; i += THREADS) {
+        const int q = block.first_phase + i % PHASES, cell = i / PHASES;
+        const int oh =
+            (cell_h + cell / row_cells) * p.stride_h + (block.first_slot + slot) % p.stride_h;
+        const int ow = (block.first_cell_w + cell % row_cells) * p.stride_w + q;
+        if (q >= p.stride_w || oh >= p.out_height || ow >= p.out_width) continue;
+        T& y = plane[static_cast<int64_t>(oh) * p.out_width + ow];
+        if (to_float(y) == to_float(y)) continue;
+        const T* const filter = filters + (block.first_co + c) * filter_size;
+        set_rounded(y, sum_again(planes, filter, p, rows, columns, oh, ow) + shift);
+      }
+    }
+  }
+}
+
+// For how many blocks a multiprocessor's registers shall do: three leave a thread 80.
+template <class T, int PHASES, int CHANNELS>
+constexpr int blocks_per_sm() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ <= 800  // where one channel takes some more
+  constexpr int LEAST = 2;
+#else
+  constexpr int LEAST = 1;
+#endif
+  return sizeof(T) == sizeof(float) && PHASES * CHANNELS >= LEAST && PHASES * CHANNELS <= 2 ? 3 : 2;
+}
+
+template <class T, int PHASES, int CHANNELS>
+__global__ void __launch_bounds__(THREADS, (blocks_per_sm<T, PHASES, CHANNELS>()))
     cells_kernel(const T* __restrict__ input, const T* __restrict__ weight,
                  const T* __restrict__ bias, T* __restrict__ output, ConvTransposeProblem p,
                  Axis rows, Axis columns, Plan plan) {
@@ -413,16 +509,8 @@ __global__ void __launch_bounds__(THREADS, (Sizes<PHASES, CHANNELS>::BLOCKS_PER_
   float* const packed = shared + WARPS * S::STAGE;
   float* const tile = packed + plan.chunk_w * p.kernel_h * plan.packed;
 
-  // A block is tiles one below the other in a strip of cells, a part of the phases, some output
-  // channels of a group, an image.
-  unsigned index = blockIdx.x;
-  const int first_cell_w = take_digit(index, plan.strips) * THREAD_W << plan.lanes_shift;
-  const int part_h = take_digit(index, plan.parts_h);
-  const int first_phase = take_digit(index, plan.parts_phase) * PHASES;
-  const int block_co = take_digit(index, plan.parts_co) * plan.warps_co * CHANNELS;
-  const int group = take_digit(index, p.groups);
-  const int n = index;
-
+  const auto [first_cell_w, first_slot, first_phase, block_co, group, n] =
+      find_block<PHASES, CHANNELS>(blockIdx.x, p, plan);
   const int warp_co = warp % plan.warps_co;
   const int first_co = block_co + warp_co * CHANNELS;
   const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
@@ -445,7 +533,6 @@ __global__ void __launch_bounds__(THREADS, (Sizes<PHASES, CHANNELS>::BLOCKS_PER_
   // A slot is a phase of the rows, and as many neighbouring cells as a warp has rows of lanes.
   const int lanes_h = 32 >> plan.lanes_shift, slot_h = S::GROUPS * lanes_h;
   const int slots = WARPS / plan.warps_co;  // at a time
-  const int first_slot = part_h * plan.tiles * plan.passes * slots;
   int phase_h = (first_slot + warp / plan.warps_co) % p.stride_h;
   int cell_h = (first_slot + warp / plan.warps_co) / p.stride_h * slot_h;  // of the first lane
   bool not_a_number = false;
@@ -469,7 +556,9 @@ __global__ void __launch_bounds__(THREADS, (Sizes<PHASES, CHANNELS>::BLOCKS_PER_
 
         if (pass == 0 || plan.chunk_ci < group_in) {
           __syncthreads();
-          if (plan.copies_vectors) {
+          if constexpr (sizeof(T) == sizeof(float)) {
+            copy_inputs_async(tile, planes + ci0 * plane_size, p, plan, count_ci, first_h, first_w);
+          } else if (plan.copies_vectors) {
             copy_inputs<T, 4, S::IN_FLIGHT>(tile, planes + ci0 * plane_size, p, plan, count_ci,
                                             first_h, first_w);
           } else {
@@ -481,7 +570,7 @@ __global__ void __launch_bounds__(THREADS, (Sizes<PHASES, CHANNELS>::BLOCKS_PER_
                                               keeps_weights ? group_in : count_ci, block_co,
                                               first_phase);
           }
-
+          __pipeline_wait_prior(0);
           __syncthreads();
         }
         const float* w_of_ci = w_of_warp + (keeps_weights ? ci0 * p.kernel_h * plan.packed : 0);
@@ -537,32 +626,7 @@ __global__ void __launch_bounds__(THREADS, (Sizes<PHASES, CHANNELS>::BLOCKS_PER_
     }
   }
   if (!__syncthreads_or(not_a_number)) return;
-
-  // The block looks at all its outputs again.
-  const int last_slot = first_slot + plan.tiles * plan.passes * slots;
-  for (int c = 0; c < plan.warps_co * CHANNELS && block_co + c < group_out; ++c) {
-    const int co = group * group_out + block_co + c;
-    const float shift = bias == nullptr ? -0.0f : to_float(bias[co]);
-    const T* const filter = filters + static_cast<int64_t>(block_co + c) * p.kernel_h * p.kernel_w;
-    for (int slot = first_slot + warp; slot < last_slot; slot += WARPS) {
-      for (int cell = 0; cell < S::GROUPS * 32 * THREAD_W; ++cell) {
-        const int column = cell % (THREAD_W << plan.lanes_shift);
-        const int oh =
-            (slot / p.stride_h * slot_h + cell / (THREAD_W << plan.lanes_shift)) * p.stride_h +
-            slot % p.stride_h;
-        if (oh >= p.out_height) continue;
-        for (int q = lane; q < PHASES && first_phase + q < p.stride_w; q += 32) {
-          const int ow = first_ow + column * p.stride_w + q;
-          if (ow >= p.out_width) continue;
-          T& y = output[((static_cast<int64_t>(n) * p.out_channels + co) * p.out_height + oh) *
-                            p.out_width +
-                        ow];
-          if (to_float(y) == to_float(y)) continue;
-          set_rounded(y, sum_again(planes, filter, p, rows, columns, oh, ow) + shift);
-        }
-      }
-    }
-  }
+  sum_block_again<T, PHASES, CHANNELS>(input, weight, bias, output, p, rows, columns, plan);
 }
 
 // Chooses a block's shape.
@@ -588,8 +652,8 @@ Plan make_plan(const ConvTransposeProblem& p, const T* input, const T* output,
   const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
   const int64_t parts_co = ceil_div(group_out, CHANNELS);
   plan.parts_phase = static_cast<int>(ceil_div(p.stride_w, PHASES));
-  plan.copies_vectors =
-      p.width % 4 == 0 && reinterpret_cast<uintptr_t>(input) % (4 * sizeof(T)) == 0;
+  plan.copies_vectors = sizeof(T) < sizeof(float) && p.width % 4 == 0 &&
+                        reinterpret_cast<uintptr_t>(input) % (4 * sizeof(T)) == 0;
   plan.vector = plan.parts_phase > 1 ? 1 : 4;
   while (plan.vector > 1 &&
          (p.out_width % plan.vector != 0 ||
@@ -668,7 +732,9 @@ Plan make_plan(const ConvTransposeProblem& p, const T* input, const T* output,
   plan.tiles = 1;
   while (plan.tiles < MAX_TILES && blocks(2 * plan.tiles) >= ENOUGH_BLOCKS) plan.tiles *= 2;
   plan.parts_h = static_cast<int>(ceil_div(all_slots, plan.tiles * plan.passes * slots));
-  plan.copied_rows = THREADS / (plan.copies_vectors ? plan.pitch / 4 + 1 : plan.pitch);
+  plan.copied_rows = THREADS / (sizeof(T) == sizeof(float) ? plan.pitch / 2
+                                : plan.copies_vectors      ? plan.pitch / 4 + 1
+                                                           : plan.pitch);
   shared_bytes = floats(plan.chunk_ci, plan.chunk_w) * sizeof(float);
   return plan;
 }

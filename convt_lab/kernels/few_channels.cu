@@ -16,11 +16,11 @@ template <class T, int PHASES>
 cudaError_t launch_for_channels(const T* input, const T* weight, const T* bias, T* output,
                                 const ConvTransposeProblem& p, cudaStream_t stream) {
   // More phases leave registers for fewer channels.
-  constexpr int FEW = PHASES > 2 ? 3 : 4, MANY = PHASES > 2 ? 3 : 8;
+  constexpr int MANY = PHASES > 2 ? 4 : 8;
   const int group_out = p.out_channels / p.groups;
   const auto launch_it = group_out <= 2   ? cells::launch<T, PHASES, 2>
                          : group_out == 3 ? cells::launch<T, PHASES, 3>
-                         : group_out == 4 ? cells::launch<T, PHASES, FEW>
+                         : group_out == 4 ? cells::launch<T, PHASES, 4>
                                           : cells::launch<T, PHASES, MANY>;
   return launch_it(input, weight, bias, output, p, stream);
 }
