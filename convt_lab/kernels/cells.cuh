@@ -484,15 +484,25 @@ __device__ __forceinline__ void sum_block_again(const T* __restrict__ input,
   }
 }
 
-// For how many blocks a multiprocessor's registers shall do: three leave a thread 80.
+// For how many blocks a multiprocessor's registers shall do: three leave a thread 80, two 128. On
+// some architectures the compiler needs a few more.
 template <class T, int PHASES, int CHANNELS>
 constexpr int blocks_per_sm() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ <= 800  // where one channel takes some more
-  constexpr int LEAST = 2;
+  constexpr int LEAST_FOR_THREE =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ <= 800
+      2;
 #else
-  constexpr int LEAST = 1;
+      1;
 #endif
-  return sizeof(T) == sizeof(float) && PHASES * CHANNELS >= LEAST && PHASES * CHANNELS <= 2 ? 3 : 2;
+  constexpr int MOST_FOR_TWO =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900
+      12;
+#else
+      16;
+#endif
+  constexpr int OUTPUTS = PHASES * CHANNELS;
+  if (sizeof(T) < sizeof(float)) return 2;
+  return OUTPUTS >= LEAST_FOR_THREE && OUTPUTS <= 2 ? 3 : OUTPUTS <= MOST_FOR_TWO ? 2 : 1;
 }
 
 template <class T, int PHASES, int CHANNELS>

@@ -6,9 +6,8 @@
 // phases, and slides over the inputs.
 //
 // Cost: depthwise 3x7 with stride 1 has 21 FMAs for 8 bytes of float32, depthwise 4x4 with stride 2
-// has 4 for 5 bytes: memory is the limit if little else is done. An output costs as many
-// instructions for copying inputs and writing as for its FMAs, so inputs are read, and outputs
-// written, up to four at a time.
+// has 4 for 5 bytes: memory could be the limit, were it not for all the instructions that copy
+// inputs, find places and write outputs. So outputs are written up to four at a time.
 
 #include "cells.cuh"
 
