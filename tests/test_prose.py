@@ -132,8 +132,6 @@ CLAIMS = {
     "register_blocked": {
         "8 bytes": lambda: constant("register_blocked", "Sizes<4>::WINDOW") % 4 == 2,  # a pair
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
-        "16 rows": lambda: constant("register_blocked", "phases::LANES_H") == 16,
-        "16 pixels": lambda: constant("register_blocked", "phases::THREAD_W") == 16,
     },
     "winograd": {
         "3×7": lambda: lab.stages["winograd"].variant(STAR) == "F(2, 3)",
