@@ -17,7 +17,7 @@ def test_the_table_lists_the_stages_in_order():
 
 def test_the_examples_run():
     examples = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     names = {}
     for example in examples:
         exec(example, names)
