@@ -146,6 +146,7 @@ CLAIMS = {
         "the counters are of the kernel before": profiles_are_of_the_kernel_before,
         "a profile of the new kernel has not been taken": profiles_are_of_the_kernel_before,
     },
+    "api": {},
     "simulator": {
         "8 bytes": True,  # vectors of two floats
     },
