@@ -44,10 +44,11 @@ def write_notebook(path: Path, source: str, printed: str) -> None:
 # --- the contents ---------------------------------------------------------------------------------
 
 
-def test_every_notebook_is_a_chapter_and_every_chapter_is_there():
+def test_every_page_is_a_chapter_and_every_chapter_is_there():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     chapters = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
-    assert sorted(chapters) == [f"book/{path.stem}" for path in NOTEBOOKS]
+    pages = [*NOTEBOOKS, *(ROOT / "book").glob("*.md")]
+    assert sorted([toc["root"], *chapters]) == sorted(f"book/{path.stem}" for path in pages)
     assert (ROOT / f"{toc['root']}.md").is_file()
 
 
