@@ -80,3 +80,11 @@ def test_a_launcher_may_ask_how_much_shared_memory_there_is():
     assert 64 * 1024 >= small.shared_bytes > large.shared_bytes // 3
     assert large.shared_bytes > 64 * 1024
     assert stage.launches(problem) == (large,)
+
+
+@pytest.mark.parametrize("stage", ["register_blocked", "winograd"])
+@pytest.mark.parametrize("kernel_size", [(3, 3), (3, 7)])
+def test_rows_of_all_images_that_32_bits_cannot_count_are_not_one_axis(stage, kernel_size):
+    problem = lab.Problem(2**17, 8, 20, 2**15, 1, kernel_size, padding=(1, kernel_size[1] // 2))
+    (launch,) = lab.stages[stage].launches(problem)
+    assert launch.grid[0] % problem.batch == 0

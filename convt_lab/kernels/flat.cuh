@@ -91,11 +91,13 @@ inline int multiprocessors() {
   return count;
 }
 
-// Images on one axis, of so many pixels each: all, unless offsets between those in the `span`
-// pixels of a tile may need more than 32 bits.
-inline int images_of_axis(const ConvTransposeProblem& p, int64_t span, int64_t pixels) {
+// Images on one axis, of so many rows each: all, unless the rows, or offsets between images in the
+// `span` pixels of a tile, may need more than 32 bits.
+inline int images_of_axis(const ConvTransposeProblem& p, int64_t span, int64_t rows,
+                          int64_t pitch) {
   const int64_t in_image = static_cast<int64_t>(p.in_channels) * p.height * p.width;
   const int64_t out_image = static_cast<int64_t>(p.out_channels) * p.out_height * p.out_width;
-  const int64_t images_of_tile = span / pixels + 2;
-  return images_of_tile * max(in_image, out_image) <= INT32_MAX / 2 ? p.batch : 1;
+  const int64_t images_of_tile = span / (rows * pitch) + 2;
+  const int64_t largest = max(images_of_tile * max(in_image, out_image), p.batch * rows);
+  return largest <= INT32_MAX / 2 ? p.batch : 1;
 }

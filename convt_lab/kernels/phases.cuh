@@ -696,7 +696,7 @@ static Plan plan(const float* input, const ConvTransposeProblem& p, const Axis& 
   const int64_t filters =
       CHUNK_CI * static_cast<int64_t>(p.out_channels / p.groups) * p.kernel_h * p.kernel_w;
   if (max(max(in_rows, out_rows), filters) > INT32_MAX / 2) return plan;
-  tiles.images = images_of_axis(p, memory.inputs, height * pitch);
+  tiles.images = images_of_axis(p, memory.inputs, tiles.stripes * height, pitch);
   const int64_t pixels = static_cast<int64_t>(tiles.images) * tiles.stripes * height * pitch;
   const int64_t count = ceil_div(pixels + 3, S::BLOCK_W);  // it begins up to 3 pixels early
   if (count > INT32_MAX) return plan;

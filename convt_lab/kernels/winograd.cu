@@ -323,7 +323,7 @@ static bool plan(const ConvTransposeProblem& p, int vector, FlatTiles& tiles,
   const int pairs = p.out_height / 2 + 1;
   const bool is_shared = p.padding_h <= 1 && 2 * (pairs - 1) - 1 + p.padding_h >= p.height;
   const int pair_rows = pairs + !is_shared;
-  const int images = images_of_axis(p, span, pair_rows * pitch);
+  const int images = images_of_axis(p, span, pair_rows, pitch);
   const int64_t count = ceil_div(images * pair_rows * pitch + flat_lead(p), BLOCK_W);
   const int64_t count_co = ceil_div(p.out_channels / p.groups, BLOCK_CO);
   const int64_t blocks = count * count_co * p.groups * (p.batch / images);
