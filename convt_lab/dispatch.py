@@ -96,12 +96,25 @@ class Choice:
         return f"{who}: {self.reason}"
 
 
-def candidates(problem: Problem, dtype: torch.dtype, channels_last: bool) -> dict[str, Kernel]:
-    """Return our kernels that compute a problem in a form, but for the slow rungs."""
+def candidates(
+    problem: Problem,
+    dtype: torch.dtype,
+    channels_last: bool,
+    capability: tuple[int, int] | None = None,
+) -> dict[str, Kernel]:
+    """Return our kernels that compute a problem in a form, but for the slow rungs.
+
+    Only those that a GPU of the compute capability `capability` can run: the current GPU's, if
+    None; all, if there is none.
+    """
+    if capability is None and torch.cuda.is_available():
+        capability = _gpu(torch.cuda.current_device())[1]
     return {
         name: kernel
         for name, kernel in kernels.items()
-        if name not in SLOW and kernel.supports(problem, dtype, channels_last)
+        if name not in SLOW
+        and (capability is None or kernel.min_capability <= capability)
+        and kernel.supports(problem, dtype, channels_last)
     }
 
 
@@ -169,7 +182,8 @@ def _choose(
     measures: bool,
 ) -> tuple[Choice, bool]:
     """Choose; return whether the choice lasts, too."""
-    ours = candidates(problem, dtype, channels_last)
+    name, capability = _gpu(index)
+    ours = candidates(problem, dtype, channels_last, capability)
     if not ours:
         form = f"{_name(dtype)}, {'channels last' if channels_last else 'contiguous'}"
         return Choice(PYTORCH, f"no kernel of ours takes this problem in {form}"), True
@@ -192,7 +206,6 @@ def _choose(
                     return _by_times(times, ours, "measured here just now"), True
             else:
                 lasts = False  # it is measured as soon as that is possible
-    name, capability = _gpu(index)
     tables = _tables() if _only is None else _only
     choice = choose_by_tables(
         tables, name, capability, problem, _name(dtype), channels_last, tf32, tuple(ours)

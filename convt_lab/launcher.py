@@ -52,7 +52,16 @@ class Launcher:
         If the kernel can't be built here.
     """
 
-    __slots__ = ("_backend", "_function", "_index", "_library", "_name", "_problem")
+    __slots__ = (
+        "_backend",
+        "_device",
+        "_function",
+        "_index",
+        "_library",
+        "_name",
+        "_packed_bytes",
+        "_problem",
+    )
 
     def __init__(
         self,
@@ -67,16 +76,18 @@ class Launcher:
         # A program is built for the current device.
         with nullcontext() if self._index is None else torch.cuda.device(self._index):
             self._library = kernel.program(self._backend).library
+            self._packed_bytes = kernel.packed_bytes(problem, dtype, channels_last, self._backend)
         self._name = kernel.launcher(dtype, channels_last)
         # An object of its own: the types are set for this use alone.
         self._function = self._library[self._name]
         self._function.argtypes = [
-            *(ctypes.c_void_p,) * 4,
+            *(ctypes.c_void_p,) * (4 + kernel.packs_weights),
             _ConvTransposeProblem,
             ctypes.c_void_p,
         ]
         self._function.restype = ctypes.c_int
         self._problem = _ConvTransposeProblem.of(problem)
+        self._device = device
 
     def __call__(
         self,
@@ -106,11 +117,18 @@ class Launcher:
                 self._start(input, weight, bias, output)
 
     def _start(self, input, weight, bias, output) -> None:
-        code = self._function(
+        pointers = (
             input.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             output.data_ptr(),
+        )
+        if self._packed_bytes:
+            # Of the current stream: whoever gets the memory next waits for the kernel.
+            packed = torch.empty(self._packed_bytes, dtype=torch.uint8, device=self._device)
+            pointers = (*pointers, packed.data_ptr())
+        code = self._function(
+            *pointers,
             self._problem,
             None if self._index is None else _current_stream(self._index),
         )

@@ -71,7 +71,8 @@ class Plan:
         """Compute the call with a kernel of ours (there must be one), on the current stream.
 
         The output is all that is allocated, but for a copy of an input that is not dense in the
-        output's memory format, or of a weight or bias that is not contiguous.
+        output's memory format, of a weight or bias that is not contiguous, and of a weight that the
+        kernel packs.
         """
         if self._input_format is not None:
             input = input.contiguous(memory_format=self._input_format)

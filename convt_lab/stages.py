@@ -68,6 +68,11 @@ class Kernel:
         Whether it has launchers for input and output in ``torch.channels_last`` too.
     covers
         Says which legal problems it is for.
+    packs_weights
+        Whether its launchers need memory for a copy of the weight in an order of their own, the
+        size of which ``LAUNCHER_packed_bytes`` tells; it is written in each call.
+    min_capability
+        The least compute capability of a GPU that has its instructions.
     """
 
     name: str
@@ -75,6 +80,8 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     takes_channels_last: bool = False
     covers: Callable[[Problem], bool] = lambda problem: True
+    packs_weights: bool = False
+    min_capability: tuple[int, int] = (0, 0)
 
     def supports(
         self,
@@ -92,8 +99,9 @@ class Kernel:
     def launcher(self, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> str:
         """Return the C symbol of the launcher for `dtype` and the memory format.
 
-        It takes (input, weight, bias, output, ConvTransposeProblem, stream). The weight is
-        contiguous either way.
+        It takes (input, weight, bias, output, ConvTransposeProblem, stream), and between output and
+        problem the memory for a packed weight if `packs_weights`. The weight is contiguous either
+        way.
         """
         suffix = "" if dtype == torch.float32 else f"_{str(dtype).removeprefix('torch.')}"
         return f"{self.name}{suffix}{'_channels_last' if channels_last else ''}"
@@ -106,6 +114,21 @@ class Kernel:
     def program(self, backend: BackendName = "auto") -> Program:
         """Return it compiled for `backend`; the work is done once."""
         return _program(self, backend)
+
+    def packed_bytes(
+        self,
+        problem: Problem,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        backend: BackendName = "auto",
+    ) -> int:
+        """Return how much memory its packed weight takes for `problem`; 0 if it packs none."""
+        if not self.packs_weights:
+            return 0
+        name = f"{self.launcher(dtype, channels_last)}_packed_bytes"
+        ask = self.program(backend).library[name]  # an object of its own
+        ask.argtypes, ask.restype = [_ConvTransposeProblem], ctypes.c_int64
+        return ask(_ConvTransposeProblem.of(problem))
 
     def variant(self, problem: Problem) -> str:
         """Say which of the kernel's paths runs for `problem`: ``general``, or a special one's name.
@@ -130,7 +153,8 @@ class Kernel:
         It asks the compiled launcher on the simulator, which decides as on a GPU whose
         blocks may have `max_shared_bytes` of shared memory (sm_90's if None).
         """
-        pointers = (None,) * 4  # input, weight, bias, output: a launcher only hands them on
+        # Input, weight, bias, output, packed weight: a launcher only hands them on.
+        pointers = (None,) * (4 + self.packs_weights)
         return self.program("simulator").plan(
             self.launcher(dtype, channels_last),
             *pointers,
@@ -282,6 +306,12 @@ class _Call:
         if device.type == "cpu":
             self.output.fill_(float("nan"))  # a pixel that the kernel forgets must not look right
         written = self.output.permute(0, 2, 3, 1) if channels_last else self.output
+        packed = []
+        if kernel.packs_weights and self.output.numel() > 0:
+            backend = "gpu" if device.type == "cuda" else "simulator"
+            size = kernel.packed_bytes(problem, dtype, channels_last, backend)
+            memory = torch.empty(size, dtype=torch.uint8, device=device)
+            packed = [Array.of("packed", memory, written=True)]
 
         def read(parameter: str, name: str) -> Array | None:
             if name not in tensors:
@@ -293,6 +323,7 @@ class _Call:
             read("weight", "weight"),
             read("bias", "bias"),
             Array.of("output", written, written=True),
+            *packed,
             _ConvTransposeProblem.of(problem),
         )
 
@@ -366,6 +397,26 @@ def _fits_cells(problem: Problem) -> bool:
     )
 
 
+def _fits_tensor_core(problem: Problem) -> bool:
+    """Say what ``covers`` of kernels/tensor_core.cu says."""
+    inputs = 1
+    for axis in problem.axes:
+        if axis.stride * axis.i_step > 16:
+            return False
+        inputs *= 8 + (axis.kernel - 1) // axis.k_step + 2
+    return inputs <= 560 and problem.height * problem.width < 2**31
+
+
+def _fits_tensor_core_narrow(problem: Problem) -> bool:
+    """Say what ``covers`` of kernels/tensor_core_narrow.cu says."""
+    inputs = 1
+    for axis in problem.axes:
+        if axis.stride > 16:
+            return False
+        inputs *= 15 + ((axis.kernel - 1) * axis.dilation + axis.stride - 1) // axis.stride + 1
+    return inputs <= 512 and problem.height * problem.width < 2**31
+
+
 #: Kernels that are no rungs, which serve the operator.
 _OTHERS = (
     Kernel(
@@ -379,6 +430,22 @@ _OTHERS = (
         "The same for up to eight channels at once, which share the inputs.",
         dtypes=_STORED,
         covers=_fits_cells,
+    ),
+    Kernel(
+        "tensor_core",
+        "Tensor cores, with float32 as three bfloat16 parts.",
+        dtypes=_STORED,
+        covers=_fits_tensor_core,
+        packs_weights=True,
+        min_capability=(8, 0),
+    ),
+    Kernel(
+        "tensor_core_narrow",
+        "The same for few output channels: pixels are the rows of its products.",
+        dtypes=_STORED,
+        covers=_fits_tensor_core_narrow,
+        packs_weights=True,
+        min_capability=(8, 0),
     ),
 )
 

@@ -137,8 +137,3 @@ def _stage_cases() -> list[StageCase]:
 
 STAGE_CASES = _stage_cases()
 CASES = [*PATTERN_CASES, *STAGE_CASES]
-
-#: Whose kernels are younger than the GPU's record. Measuring it anew (tools/hardware_counters.py)
-#: empties this set, and a test asks for that.
-UNMEASURED = {"register_blocked strided_small"}
-MEASURED_CASES = [case for case in CASES if str(case) not in UNMEASURED]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from counter_cases import CASES, MEASURED_CASES, PATTERN_CASES, PROBLEMS, UNMEASURED, StageCase
+from counter_cases import CASES, PATTERN_CASES, PROBLEMS, StageCase
 
 import convt_lab as lab
 from convt_lab.backend import kernel_headers
@@ -293,17 +293,20 @@ def test_tracing_needs_the_simulator():
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("case", MEASURED_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_gpu_counts_the_same(case, record):
     content = json.loads(record.read_text())
     measured = content["counters"][str(case)]
     report = case.run("simulator", trace=True)
     counted = {**report.totals, "fma": report.fma}
     if isinstance(case, StageCase) and case.stage in ("register_blocked", "winograd"):
-        exact = {name for name in measured if name.startswith("global")} | {
-            "fma",
-            "shared_load_wavefronts",
-        }
+        exact = {name for name in measured if name.startswith("global")} | {"fma"}
+        of_tile = sum(s.wavefronts for s in report.sites if s.buffer == "tile" and s.op == "load")
+        if of_tile:  # the general path's; how many of these loads are left, the compiler decides
+            all_loads = counted["shared_load_wavefronts"]
+            assert all_loads - of_tile < measured["shared_load_wavefronts"] < all_loads
+        else:
+            exact.add("shared_load_wavefronts")
     else:
         exact = set(measured) - {"async_copies"}
     for name in sorted(exact):
@@ -322,11 +325,10 @@ def test_but_for_its_copies_register_blocked_stores_as_the_gpu_counts(record, na
     assert counted["shared_store_requests"] - copies == measured["shared_store_requests"]
 
 
-def test_there_is_a_record_of_every_case_but_those_that_are_named():
+def test_there_is_a_record_of_every_case():
     assert RECORDS
     for record in RECORDS:
-        assert set(json.loads(record.read_text())["counters"]) == {str(c) for c in MEASURED_CASES}
-    assert {str(case) for case in CASES} >= UNMEASURED
+        assert set(json.loads(record.read_text())["counters"]) == {str(case) for case in CASES}
 
 
 def test_every_stage_case_names_its_kernel():

@@ -244,7 +244,9 @@ class TestLadder:
         assert torch.cuda.get_device_name() in result.out
         assert "allow_tf32=False" in result.out
         baseline = next(line for line in result.out.splitlines() if line.startswith("cuDNN  "))
-        assert baseline.split()[-2:] == ["1.00", str(measure.RUNS)]
+        ratio, runs = baseline.split()[-2:]
+        assert ratio == "1.00"
+        assert measure.RUNS <= int(runs) <= measure.MOST_RUNS
 
 
 class TestTable:

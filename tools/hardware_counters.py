@@ -36,6 +36,9 @@ METRICS = {
 EXPLAINED = {
     "shared_load_requests": "register_blocked and winograd: the GPU counts instructions issued, "
     "also those that every lane of the warp skips",
+    "shared_load_wavefronts": "register_blocked's general path: it keeps what a block computes in "
+    "shared memory, as `tile`, and the compiler reads neighbouring members at once and keeps some "
+    "in registers, where the source reads each whenever it is named",
     "shared_store_requests": "register_blocked and winograd: asynchronous copies write shared "
     "memory without a store instruction, where the simulator counts a store; winograd: the GPU "
     "also counts stores that every lane of a warp skips",

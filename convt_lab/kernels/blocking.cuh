@@ -5,6 +5,7 @@
 #include <cuda_pipeline.h>
 
 #include "problem.cuh"
+#include "storage.cuh"
 
 // Splits a block's number into the numbers of its tile, channels, image, ...
 __device__ __forceinline__ int take_digit(unsigned& index, int size) {
@@ -47,8 +48,9 @@ __device__ __forceinline__ void store_vector(float* shared, const float* registe
 
 // The sum for one output, tap by tap: slow, and right where the kernels' ways are not (values that
 // are not finite). `planes` and `filters` begin at the output's image, group and channel.
-__device__ __forceinline__ float sum_of_taps(const float* __restrict__ planes,
-                                             const float* __restrict__ filters,
+template <class T>
+__device__ __forceinline__ float sum_of_taps(const T* __restrict__ planes,
+                                             const T* __restrict__ filters,
                                              const ConvTransposeProblem& p, const Axis& rows,
                                              const Axis& columns, int oh, int ow) {
   const Taps vertical = taps_reaching(rows, oh), horizontal = taps_reaching(columns, ow);
@@ -61,8 +63,8 @@ __device__ __forceinline__ float sum_of_taps(const float* __restrict__ planes,
       for (int tw = 0; tw < horizontal.count; ++tw) {
         const int64_t h = vertical.i - th * rows.i_step, w = horizontal.i - tw * columns.i_step;
         const int kh = vertical.k + th * rows.k_step, kw = horizontal.k + tw * columns.k_step;
-        sum = fmaf(planes[ci * plane_size + h * p.width + w],
-                   filters[ci * filters_size + kh * p.kernel_w + kw], sum);
+        sum = fmaf(to_float(planes[ci * plane_size + h * p.width + w]),
+                   to_float(filters[ci * filters_size + kh * p.kernel_w + kw]), sum);
       }
     }
   }

@@ -24,7 +24,6 @@
 #pragma once
 
 #include "blocking.cuh"
-#include "storage.cuh"
 
 namespace cells {
 
@@ -348,31 +347,6 @@ __device__ __forceinline__ void add_row(Sums<PHASES, CHANNELS>& sum, const float
   }
 }
 
-// The sum for one output by the definition. `planes` and `filters` begin at the output's image,
-// group and channel.
-template <class T>
-__device__ __forceinline__ float sum_again(const T* __restrict__ planes,
-                                           const T* __restrict__ filters,
-                                           const ConvTransposeProblem& p, const Axis& rows,
-                                           const Axis& columns, int oh, int ow) {
-  const Taps vertical = taps_reaching(rows, oh), horizontal = taps_reaching(columns, ow);
-  const int64_t plane_size = static_cast<int64_t>(p.height) * p.width;
-  const int64_t filters_size =
-      static_cast<int64_t>(p.out_channels / p.groups) * p.kernel_h * p.kernel_w;
-  float sum = 0.0f;
-  for (int ci = 0; ci < p.in_channels / p.groups; ++ci) {
-    for (int th = 0; th < vertical.count; ++th) {
-      for (int tw = 0; tw < horizontal.count; ++tw) {
-        const int64_t h = vertical.i - th * rows.i_step, w = horizontal.i - tw * columns.i_step;
-        const int kh = vertical.k + th * rows.k_step, kw = horizontal.k + tw * columns.k_step;
-        sum = fmaf(to_float(planes[ci * plane_size + h * p.width + w]),
-                   to_float(filters[ci * filters_size + kh * p.kernel_w + kw]), sum);
-      }
-    }
-  }
-  return sum;
-}
-
 // Writes a channel's outputs of a warp, VECTOR neighbours at a time; they lie in `stage` in the
 // order of the lanes. Returns whether one is NaN. `image` is where the first goes, `inside_h` and
 // `inside_w` how many rows and columns are left there.
@@ -478,7 +452,7 @@ __device__ __forceinline__ void sum_block_again(const T* __restrict__ input,
         T& y = plane[static_cast<int64_t>(oh) * p.out_width + ow];
         if (to_float(y) == to_float(y)) continue;
         const T* const filter = filters + (block.first_co + c) * filter_size;
-        set_rounded(y, sum_again(planes, filter, p, rows, columns, oh, ow) + shift);
+        set_rounded(y, sum_of_taps(planes, filter, p, rows, columns, oh, ow) + shift);
       }
     }
   }

@@ -19,6 +19,7 @@
 #include <cfloat>
 
 #include "flat.cuh"
+#include "phase.cuh"
 
 namespace phases {
 
@@ -52,29 +53,6 @@ struct Sizes {
   // 8 lanes read 16 bytes each, THREAD_W words apart: all banks once.
   static_assert(THREAD_W % 8 == 4, "an odd number of 16-byte words from lane to lane");
 };
-
-// One phase of an axis: outputs first, first + period, ... Its q-th output meets tap number t (of
-// `taps`, the kernel's tap k + t * k_step) at input number start + q - t of those that it sees,
-// which are residue, residue + i_step, ...
-struct Phase {
-  int first, count;
-  int taps, k;
-  int start, residue, size;
-};
-
-// At most MAX_PERIOD, see plan().
-__host__ __device__ __forceinline__ int period_of(const Axis& axis) {
-  return axis.stride * axis.i_step;
-}
-
-__host__ __device__ __forceinline__ Phase phase_of(const Axis& axis, int first) {
-  const Taps taps = taps_of_class(axis, first);
-  const int count = (axis.out_size - first - 1) / period_of(axis) + 1;
-  int residue = taps.i % axis.i_step;
-  if (residue < 0) residue += axis.i_step;
-  const int size = residue < axis.size ? (axis.size - residue - 1) / axis.i_step + 1 : 0;
-  return {first, count, taps.count, taps.k, (taps.i - residue) / axis.i_step, residue, size};
-}
 
 // What all phases fit into.
 struct Tiling {

@@ -215,10 +215,13 @@ __global__ void __launch_bounds__(THREADS, 1)
             sum[q][j] = fmaf(window[j + KW - 1 - kw], weights[q], sum[q][j]);
           }
         }
-        // Copies go between the taps, where nothing waits for them.
+        // Copies go between the taps, where nothing waits for them. The weights are loaded behind the
+        // first: where ptxas gives them the barrier of a window's load, a wait for one is for both.
         if (kw < 2) copy_vector(to_x + kw * THREADS * VECTOR, from_x, place, copies);
-        if (kw == 0) place = places_of_thread[THREADS];
-        if (kw == 4) load_column(g, from_w, transforms);
+        if (kw == 0) {
+          place = places_of_thread[THREADS];
+          load_column(g, from_w, transforms);
+        }
         if (kw == KW - 1 && transforms) store_column(to_w, g);
       }
       x_a += 2 * span;

@@ -273,6 +273,12 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __double2float_rz(double a) {
+  const float nearest = static_cast<float>(a);
+  return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(a)
+             ? std::nextafter(nearest, 0.0f)
+             : nearest;
+}
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
 inline int __float_as_int(float a) { return cudasim::from_bits<int>(cudasim::to_bits(a)); }
 inline unsigned __float_as_uint(float a) {

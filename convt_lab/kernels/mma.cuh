@@ -1,0 +1,81 @@
+// One instruction of the tensor cores: 16 rows times 8 columns, summed over 16 values of k.
+//
+// mma.m16n8k16 multiplies A [16, 16] by B [16, 8] and adds to C [16, 8], each spread over a warp.
+// With g = lane / 4 and t = lane % 4, a lane holds pairs of neighbours in k, or in the columns:
+//
+//     a[0], a[1]   rows g and g + 8, k = 2t and 2t + 1
+//     a[2], a[3]   the same rows, k = 2t + 8 and 2t + 9
+//     b[0], b[1]   column g, k = 2t and 2t + 1, then 2t + 8 and 2t + 9
+//     c[0], c[1]   row g, columns 2t and 2t + 1;   c[2], c[3]   row g + 8
+//
+// Products are exact. Sums are kept in float32 but, unlike FMAs, cut off rather than rounded.
+
+#pragma once
+
+#include <cstring>
+
+#include "storage.cuh"
+
+// Two neighbours as a register.
+__device__ __forceinline__ uint32_t pair_of(__half first, __half second) {
+  const __half both[2] = {first, second};
+  uint32_t bits;
+  memcpy(&bits, both, sizeof bits);
+  return bits;
+}
+__device__ __forceinline__ uint32_t pair_of(__nv_bfloat16 first, __nv_bfloat16 second) {
+  const __nv_bfloat16 both[2] = {first, second};
+  uint32_t bits;
+  memcpy(&bits, both, sizeof bits);
+  return bits;
+}
+
+// A lane's share of a product; the type is that of A's and B's values.
+#ifdef __CUDACC__
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+}
+#else
+// On a CPU the lanes exchange what they hold, and each sums its own four values: in double, cut off
+// to float32 at the end, which is close to what the tensor cores do.
+template <class T>
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const auto both = [](uint32_t low, uint32_t high) {
+    return static_cast<std::uint64_t>(high) << 32 | low;
+  };
+  const cudasim::Lanes front = cudasim::exchange(0xFFFFFFFFu, both(a[0], a[1]));
+  const cudasim::Lanes back = cudasim::exchange(0xFFFFFFFFu, both(a[2], a[3]));
+  const cudasim::Lanes columns = cudasim::exchange(0xFFFFFFFFu, both(b[0], b[1]));
+  const auto value = [](std::uint64_t bits, int place) {
+    T element;
+    const auto half = static_cast<std::uint16_t>(bits >> 16 * place);
+    memcpy(&element, &half, sizeof half);
+    return static_cast<double>(to_float(element));
+  };
+  const int g = cudasim::lane() / 4, t = cudasim::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = 2 * (i / 2), column = 2 * t + i % 2;  // of 16-bit places: row g + 8 is 2 behind
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const int lane_a = 4 * g + k % 8 / 2, lane_b = 4 * column + k % 8 / 2;
+      const cudasim::Lanes& from = k < 8 ? front : back;
+      sum += value(from.value[lane_a], row + k % 2) *
+             value(columns.value[lane_b], 2 * (k / 8) + k % 2);
+    }
+    c[i] = __double2float_rz(sum);
+  }
+}
+#endif

@@ -1,0 +1,318 @@
+// What the tensor cores' kernels have in common: float32 in parts, and a tile of inputs.
+//
+// Tensor cores take 16-bit values. A float32 is the sum of three bfloat16, x = x0 + x1 + x2, with 8
+// bits each and the exponents of float32, so
+//
+//     x w = x0 w0 + (x0 w1 + x1 w0) + (x0 w2 + x1 w1 + x2 w0) + ...
+//
+// and what is left out is less than 2^-24 of the whole. Tensor cores cut off what they sum (see
+// mma.cuh): so they sum 16 products at a time in each of these terms, small terms first, and an
+// ordinary addition, which rounds, adds that to the rest. Values of 16 bits are their own only
+// part, and are summed by the tensor cores all the way.
+//
+// A block brings 16 channels of a tile's inputs into shared memory at a time, in parts already. A
+// tap is a shift, so all taps, phases and output channels read the same tile.
+
+#pragma once
+
+#include <cfloat>
+#include <type_traits>
+
+#include "blocking.cuh"
+#include "mma.cuh"
+
+namespace tensor {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = 32 * WARPS;
+constexpr int CHUNK_CI = 16;  // input channels of an instruction, and of a chunk
+constexpr int COPIED_CI = 8;  // channels of a pixel that a thread copies at once
+constexpr int BLOCKS_PER_SM = 3;
+constexpr int MAX_SHARED_BYTES = 96 * 1024;   // every architecture with these instructions has them
+constexpr int GOOD_SHARED_BYTES = 72 * 1024;  // three blocks fit on a multiprocessor
+
+// Of which parts a value consists, and which products of them are summed, the smallest first.
+template <class T>
+struct Split {
+  using Part = T;
+  static constexpr int PARTS = 1;
+  static constexpr int PRODUCTS = 1;
+  static constexpr bool IS_STAGED = false;
+};
+template <>
+struct Split<float> {
+  using Part = __nv_bfloat16;
+  static constexpr int PARTS = 3;
+  static constexpr int PRODUCTS = 6;
+  static constexpr bool IS_STAGED = true;
+};
+
+// The parts of product number i.
+__device__ __forceinline__ constexpr int part_of_weight(int product) {
+  return product == 0 ? 2 : product == 1 || product == 3 ? 1 : 0;
+}
+__device__ __forceinline__ constexpr int part_of_input(int product) {
+  return product == 2 ? 2 : product == 1 || product == 4 ? 1 : 0;
+}
+
+// Of one input and chunk, without padding.
+template <class T>
+constexpr int INPUT_BYTES = Split<T>::PARTS * CHUNK_CI * 2;
+
+// Splits two neighbours.
+template <class T>
+__device__ __forceinline__ void split_pair(T first, T second, uint32_t (&parts)[Split<T>::PARTS]) {
+  if constexpr (Split<T>::PARTS == 1) {
+    parts[0] = pair_of(first, second);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Split<T>::PARTS; ++i) {
+      parts[i] = pair_of(__float2bfloat16_rn(first), __float2bfloat16_rn(second));
+      first -= __uint_as_float(parts[i] << 16);
+      second -= __uint_as_float(parts[i] & 0xFFFF0000u);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T zero() {
+  if constexpr (std::is_same_v<T, float>) return 0.0f;
+  T value;
+  set_rounded(value, 0.0f);
+  return value;
+}
+
+// A tile of outputs, or of cells of outputs, and the inputs that it meets.
+struct Tile {
+  int shift_h, shift_w;           // rows and columns are powers of two
+  int images;                     // side by side
+  int tiles_n, tiles_h, tiles_w;  // that cover all images, rows and columns
+  int lead_h, lead_w;             // its first input is so many before its first output,
+  int rows, pitch;                // and so many rows and columns are in shared memory
+
+  __host__ __device__ __forceinline__ int inputs() const { return images * rows * pitch; }
+
+  // Where the input above output `i` of the tile lies in it.
+  __device__ __forceinline__ int input_of(int i) const {
+    const int row = i >> shift_w & ((1 << shift_h) - 1);
+    return (image_of(i) * rows + row) * pitch + (i & ((1 << shift_w) - 1));
+  }
+  __device__ __forceinline__ int image_of(int i) const { return i >> (shift_w + shift_h); }
+};
+
+// One of the tiles: its first image, row and column.
+struct Corner {
+  int n, h, w;
+};
+
+__device__ __forceinline__ Corner take_tile(unsigned& digits, const Tile& tile) {
+  const int w = take_digit(digits, tile.tiles_w), h = take_digit(digits, tile.tiles_h);
+  return {take_digit(digits, tile.tiles_n) * tile.images, h << tile.shift_h, w << tile.shift_w};
+}
+
+// Notes where each of a tile's inputs lies, from the first image's plane on, or -1 for zeros. Of an
+// axis it sees every step-th input, from `first` on.
+__device__ __forceinline__ void find_inputs(int* places, const Tile& tile, const Corner& corner,
+                                            const ConvTransposeProblem& p, int step_h, int step_w,
+                                            int first_h, int first_w) {
+  const int image_size = p.in_channels * p.height * p.width;  // that fits, if there are several
+  for (int i = threadIdx.x; i < tile.inputs(); i += THREADS) {
+    const int column = i % tile.pitch, row = i / tile.pitch % tile.rows;
+    const int n = i / tile.pitch / tile.rows;
+    const int number_h = corner.h + row - tile.lead_h, number_w = corner.w + column - tile.lead_w;
+    const int h = number_h * step_h + first_h, w = number_w * step_w + first_w;
+    const bool inside =
+        corner.n + n < p.batch && number_h >= 0 && h < p.height && number_w >= 0 && w < p.width;
+    places[i] = inside ? n * image_size + h * p.width + w : -1;
+  }
+}
+
+// Inputs of a chunk: a thread has COPIED_CI channels of every 64th input, all along. Float32 it
+// copies asynchronously, a chunk ahead, to places of its own, [round, channel, thread]: it need
+// wait for nobody. Inputs that do not exist stay as they are.
+__device__ __forceinline__ void copy_ahead(float* staged, const float* __restrict__ planes,
+                                           const int* places, int inputs, int channels,
+                                           int64_t plane_size) {
+  staged += threadIdx.x;
+  for (int i = threadIdx.x; i < inputs * (CHUNK_CI / COPIED_CI); i += THREADS) {
+    const int half = i >= inputs, place = places[i - half * inputs];
+    const float* x = planes + half * COPIED_CI * plane_size + place;
+    const int count = place < 0 ? 0 : channels - half * COPIED_CI;
+    if (count >= COPIED_CI) {
+#pragma unroll
+      for (int c = 0; c < COPIED_CI; ++c, x += plane_size) {
+        __pipeline_memcpy_async(staged + c * THREADS, x, sizeof(float));
+      }
+    } else {
+#pragma unroll 1
+      for (int c = 0; c < count; ++c, x += plane_size) {
+        __pipeline_memcpy_async(staged + c * THREADS, x, sizeof(float));
+      }
+    }
+    staged += COPIED_CI * THREADS;
+  }
+}
+
+// What they are at first. Channels that a group does not have keep the values of the chunk before,
+// and are multiplied by weights of zero.
+__device__ __forceinline__ void clear_staged(float* staged, int inputs) {
+  staged += threadIdx.x;
+  for (int i = threadIdx.x; i < inputs * (CHUNK_CI / COPIED_CI); i += THREADS) {
+#pragma unroll
+    for (int c = 0; c < COPIED_CI; ++c) staged[c * THREADS] = 0.0f;
+    staged += COPIED_CI * THREADS;
+  }
+}
+
+// Brings them where all threads find them, split, as [input, part, channel]. Other types than
+// float32 are not staged.
+template <class T, int BYTES>
+__device__ __forceinline__ void split_chunk(char* tile, const T* staged,
+                                            const T* __restrict__ planes, const int* places,
+                                            int inputs, int channels, int64_t plane_size) {
+  constexpr int PARTS = Split<T>::PARTS;
+  staged += threadIdx.x;
+#pragma unroll(Split<T>::IS_STAGED ? 1 : 2)
+  for (int i = threadIdx.x; i < inputs * (CHUNK_CI / COPIED_CI); i += THREADS) {
+    const int half = i >= inputs, number = i - half * inputs;
+    T values[COPIED_CI];
+    if constexpr (Split<T>::IS_STAGED) {
+#pragma unroll
+      for (int c = 0; c < COPIED_CI; ++c) values[c] = staged[c * THREADS];
+      staged += COPIED_CI * THREADS;
+    } else {
+      const int place = places[number];
+      const T* const x = planes + half * COPIED_CI * plane_size + place;
+#pragma unroll
+      for (int c = 0; c < COPIED_CI; ++c) {
+        values[c] = zero<T>();
+        if (place >= 0 && half * COPIED_CI + c < channels) values[c] = x[c * plane_size];
+      }
+    }
+    uint32_t parts[COPIED_CI / 2][PARTS];
+#pragma unroll
+    for (int c = 0; c < COPIED_CI; c += 2) split_pair(values[c], values[c + 1], parts[c / 2]);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      *reinterpret_cast<uint4*>(tile + number * BYTES + part * (CHUNK_CI * 2) + half * 16) =
+          make_uint4(parts[0][part], parts[1][part], parts[2][part], parts[3][part]);
+    }
+  }
+}
+
+// What a block has in shared memory: where the tile's inputs lie, the inputs in parts, and those of
+// the next chunk as they are. From one input to the next it is BYTES.
+template <class T, int BYTES>
+struct Shared {
+  int* places;
+  char* inputs;
+  T* staged;
+
+  __device__ __forceinline__ Shared(char* shared, const Tile& tile)
+      : places(reinterpret_cast<int*>(shared)),
+        inputs(shared + (tile.inputs() + 3) / 4 * 16),
+        staged(reinterpret_cast<T*>(inputs + tile.inputs() * BYTES)) {}
+};
+
+// Brings all chunks of a group's `channels` into shared memory, one after the other, and calls
+// `multiply` for each; `count` are the tile's inputs, whose places were found just now.
+template <class T, int BYTES, class Multiply>
+__device__ __forceinline__ void for_each_chunk(const Shared<T, BYTES>& shared,
+                                               const T* __restrict__ planes, int count,
+                                               int channels, int64_t plane_size,
+                                               const Multiply& multiply) {
+  const auto copy_next = [&] {
+    if constexpr (Split<T>::IS_STAGED) {
+      copy_ahead(shared.staged, planes, shared.places, count, channels, plane_size);
+      __pipeline_commit();
+    }
+  };
+  if constexpr (Split<T>::IS_STAGED) clear_staged(shared.staged, count);
+  __syncthreads();  // the places are known
+  copy_next();
+  while (channels > 0) {
+    __pipeline_wait_prior(0);
+    __syncthreads();  // nobody uses the inputs of the chunk before any more
+    split_chunk<T, BYTES>(shared.inputs, shared.staged, planes, shared.places, count, channels,
+                          plane_size);
+    planes += CHUNK_CI * plane_size;
+    channels -= CHUNK_CI;
+    if (channels > 0) copy_next();
+    __syncthreads();
+    multiply(channels > 0);
+  }
+}
+
+// Sums an output again, tap by tap, if it is not finite: an infinity, or a value too large for
+// bfloat16, has parts that are NaN; zeros in place of inputs or taps make NaN with what is
+// infinite.
+template <class T>
+__device__ __forceinline__ void sum_again(T& y, const T* __restrict__ input,
+                                          const T* __restrict__ weight, const T* __restrict__ bias,
+                                          const ConvTransposeProblem& p, const Axis& rows,
+                                          const Axis& columns, int n, int channel, int oh, int ow) {
+  if (fabsf(to_float(y)) <= FLT_MAX) return;
+  const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
+  const int first_ci = channel / group_out * group_in;
+  const T* const planes = input + (static_cast<int64_t>(n) * p.in_channels + first_ci) *
+                                      (static_cast<int64_t>(p.height) * p.width);
+  const T* const filters =
+      weight + (static_cast<int64_t>(first_ci) * group_out + channel % group_out) *
+                   (static_cast<int64_t>(p.kernel_h) * p.kernel_w);
+  const float shift = bias == nullptr ? -0.0f : to_float(bias[channel]);
+  set_rounded(y, sum_of_taps(planes, filters, p, rows, columns, oh, ow) + shift);
+}
+
+// How far an axis's outputs reach: so many there are, a tile's inputs begin `lead` before them, and
+// there are `halo` more of them.
+struct Reach {
+  int count, lead, halo;
+};
+
+// Chooses the tile of `outputs` that costs least, by the multiplications (`cost` for a chunk) and
+// what it takes to bring the inputs and to begin; `blocks` share a tile. Returns the bytes that a
+// block needs, 0 if no tile will do.
+template <class T, int BYTES>
+std::size_t choose_tile(const ConvTransposeProblem& p, const Reach& along_h, const Reach& along_w,
+                        int outputs, double blocks, double cost, Tile& tile) {
+  // In cycles of a multiprocessor, by rough counts of instructions.
+  constexpr double COST_OF_INPUT = 1.5, COST_OF_CHUNK = 300.0, ENOUGH_BLOCKS = 396.0;
+  double best = DBL_MAX;
+  std::size_t shared_bytes = 0;
+  for (int shift_w = 3; 1 << shift_w <= outputs; ++shift_w) {
+    for (int shift_h = 0; 1 << (shift_w + shift_h) <= outputs; ++shift_h) {
+      const int images = outputs >> (shift_w + shift_h);
+      const int64_t image = static_cast<int64_t>(p.in_channels) * p.height * p.width;
+      if (images > 1 && (images > p.batch || images * image > INT32_MAX)) continue;
+      const int64_t rows = (1 << shift_h) + along_h.halo, pitch = (1 << shift_w) + along_w.halo;
+      const int64_t inputs = images * rows * pitch;
+      const int64_t rounds = ceil_div(inputs * (CHUNK_CI / COPIED_CI), THREADS);
+      const int64_t bytes = ceil_div(inputs, 4) * 16 + inputs * BYTES +
+                            (Split<T>::IS_STAGED ? rounds * COPIED_CI * THREADS * 4 : 0);
+      if (bytes > MAX_SHARED_BYTES) continue;
+      const int64_t tiles_n = ceil_div(p.batch, images);
+      const int64_t tiles_h = ceil_div(along_h.count, 1 << shift_h);
+      const int64_t tiles_w = ceil_div(along_w.count, 1 << shift_w);
+      const double count = blocks * tiles_n * tiles_h * tiles_w;
+      const double time = max(count, ENOUGH_BLOCKS) *
+                          (cost + inputs * COST_OF_INPUT + COST_OF_CHUNK) *
+                          (bytes > GOOD_SHARED_BYTES ? 1.5 : 1.0);
+      if (time >= best || count > INT32_MAX) continue;
+      best = time;
+      shared_bytes = static_cast<std::size_t>(bytes);
+      tile = {shift_h,
+              shift_w,
+              images,
+              static_cast<int>(tiles_n),
+              static_cast<int>(tiles_h),
+              static_cast<int>(tiles_w),
+              along_h.lead,
+              along_w.lead,
+              static_cast<int>(rows),
+              static_cast<int>(pitch)};
+    }
+  }
+  return shared_bytes;
+}
+
+}  // namespace tensor
