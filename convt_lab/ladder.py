@@ -135,7 +135,8 @@ def judge(actual: torch.Tensor, exact: Exact) -> Errors:
     Parameters
     ----------
     actual
-        [N, C_out, OH, OW], on the device of `exact`.
+        [N, C_out, OH, OW], on the device of `exact`. Where its type has but steps left, below its
+        smallest normal number, half a step counts as no error: no result comes nearer.
     exact
         From `exact`.
 
@@ -154,12 +155,15 @@ def judge(actual: torch.Tensor, exact: Exact) -> Errors:
             f"actual has shape {list(actual.shape)}: it must be {list(exact.expected.shape)}"
         )
     gate = float32_gate(actual.numel())
+    kind = torch.finfo(actual.dtype)
+    half_step = kind.smallest_normal * kind.eps / 2
     squares = norm = worst = 0.0
     for result, expected, scale in zip(actual, exact.expected, exact.scale, strict=True):
         result = result.double()
         same = (result == expected) | (result.isnan() & expected.isnan())
         difference = torch.where(same, 0.0, (result - expected).abs())
-        units = torch.where(same, 0.0, difference / (UNIT_ROUNDOFF * scale))
+        beyond = (difference - half_step).clamp(min=0.0)
+        units = torch.where(same, 0.0, beyond / (UNIT_ROUNDOFF * scale))
         squares += difference.square().sum().item()
         norm += torch.where(expected.isfinite(), expected, 0.0).square().sum().item()
         worst = max(worst, _or_infinite(units.max().item()))

@@ -7,6 +7,7 @@ import pytest
 from strategies import inputs, problem_set
 
 import convt_lab as lab
+from convt_lab.backend import Array
 
 
 def hazards(source, block, args, grid=1, shared_bytes=0):
@@ -360,3 +361,24 @@ def test_a_kernel_that_never_ends_is_stopped(monkeypatch):
     with pytest.raises(lab.KernelError, match="more steps than it may") as caught:
         program.launch("run", 1, 1, [np.zeros(1, np.int32)], trace=True)
     assert caught.value.report.totals["global_load_requests"] > 1000
+
+
+def test_a_launch_begins_when_the_one_before_it_is_done():
+    """What another block wrote in the same launch may be read too early, in an earlier one not."""
+    source = """
+    __global__ void fill(float* y) { y[blockIdx.x] = blockIdx.x; }
+    __global__ void move(float* y, float* z) {
+      z[blockIdx.x] = y[gridDim.x - 1 - blockIdx.x];
+    }
+    extern "C" cudaError_t start(float* y, float* z, cudaStream_t stream) {
+      fill<<<8, 1, 0, stream>>>(y);
+      move<<<8, 1, 0, stream>>>(y, z);
+      fill<<<8, 1, 0, stream>>>(y);
+      return cudaGetLastError();
+    }
+    """
+    y, z = floats(8, np.nan), floats(8, np.nan)
+    arrays = [Array.of(name, array, written=True) for name, array in (("y", y), ("z", z))]
+    report = lab.compile(source, "simulator").call("start", *arrays, trace=True)
+    assert report.hazards == ()
+    np.testing.assert_array_equal(z, np.arange(8)[::-1])

@@ -87,6 +87,15 @@ class TestExactAndJudge:
         off = torch.full((1, 1, 2, 2), 1e-30)
         assert ladder.judge(off, truth) == ladder.Errors(math.inf, math.inf)
 
+    def test_half_a_step_below_the_normal_numbers_is_no_error(self):
+        step = 2.0**-24  # of float16
+        truth = ladder.exact(torch.full((1, 1, 2, 2), 1.3 * step), torch.ones(1, 1, 1, 1))
+        near, next_ = (torch.full((1, 1, 2, 2), n * step, dtype=torch.float16) for n in (1, 2))
+        assert torch.equal(near, truth.expected.half())
+        assert ladder.judge(near, truth).condition == 0.0
+        assert ladder.judge(next_, truth).condition == pytest.approx(2.0**24 * 0.2 / 1.3, 1e-6)
+        assert ladder.judge(near.float(), truth).condition == pytest.approx(2.0**24 * 0.3 / 1.3)
+
     def test_another_shape_is_refused(self):
         truth = ladder.exact(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
         with pytest.raises(ValueError, match=r"actual has shape \[1, 1, 2, 1\]"):

@@ -66,15 +66,18 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     return static_cast<double>(to_float(element));
   };
   const int g = cudasim::lane() / 4, t = cudasim::lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = 2 * (i / 2), column = 2 * t + i % 2;  // of 16-bit places: row g + 8 is 2 behind
-    double sum = c[i];
-    for (int k = 0; k < 16; ++k) {
-      const int lane_a = 4 * g + k % 8 / 2, lane_b = 4 * column + k % 8 / 2;
-      const cudasim::Lanes& from = k < 8 ? front : back;
-      sum += value(from.value[lane_a], row + k % 2) *
-             value(columns.value[lane_b], 2 * (k / 8) + k % 2);
+  double rows[2][16], both_columns[2][16];  // rows g and g + 8, columns 2t and 2t + 1
+  for (int k = 0; k < 16; ++k) {
+    const cudasim::Lanes& from = k < 8 ? front : back;
+    const int at = k % 8 / 2, place = k % 2;
+    for (int i = 0; i < 2; ++i) {
+      rows[i][k] = value(from.value[4 * g + at], 2 * i + place);
+      both_columns[i][k] = value(columns.value[4 * (2 * t + i) + at], 2 * (k / 8) + place);
     }
+  }
+  for (int i = 0; i < 4; ++i) {
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) sum += rows[i / 2][k] * both_columns[i % 2][k];
     c[i] = __double2float_rz(sum);
   }
 }

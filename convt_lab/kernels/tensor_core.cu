@@ -209,10 +209,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   constexpr int PARTS = Split<T>::PARTS;
   constexpr int OF_TAP = PARTS * TILES_M * 32;  // vectors of weights
   extern __shared__ __align__(16) char memory[];
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
   float sum[TILES_M][TILES_N][4] = {};
   {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int group_in = p.in_channels / p.groups;
     const Share share = find_share(blockIdx.x, plan);
     const Shared<T, INPUT_BYTES<T>> shared(memory, plan.tile);
     find_inputs(shared.places, plan.tile, share.corner, p, rows.i_step, columns.i_step,
@@ -267,47 +267,58 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   // All of this anew: there is one y, which the compiler does not know, and registers are for sums.
   const Share share = find_share(blockIdx.x + blockIdx.y, plan);
   if (share.phase_h < 0) return;
+  const int lane = (threadIdx.x + blockIdx.y) % 32, g = lane / 4, t = lane % 4;
+  const int group_out = p.out_channels / p.groups;
   const Phase along_h = phase_of(rows, share.phase_h), along_w = phase_of(columns, share.phase_w);
   const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
   const int period_h = period_of(rows), period_w = period_of(columns);
-  // Calls visit(y, m, half, j, pair, ...) for an output that exists.
-  const auto visit_output = [&](int m, int half, int j, int pair, const auto& visit) {
-    const int co = share.part_co * WARP_CO + m * 16 + half * 8 + g;  // within the group
-    const int pixel = share.warp_n * WARP_PIXELS + j * 8 + 2 * t + pair;
+  const int warp_co = share.part_co * WARP_CO;
+  // Calls visit(n, oh, ow) for the first of the lane's two pixels in a tile, if it exists.
+  const auto visit_pixels = [&](int j, const auto& visit) {
+    const int pixel = share.warp_n * WARP_PIXELS + j * 8 + 2 * t;
     const int n = share.corner.n + plan.tile.image_of(pixel);
-    const int row = share.corner.h + (pixel >> plan.tile.shift_w & ((1 << plan.tile.shift_h) - 1));
-    const int column = share.corner.w + (pixel & ((1 << plan.tile.shift_w) - 1));
-    if (co >= group_out || n >= p.batch || row >= along_h.count || column >= along_w.count) return;
-    const int oh = along_h.first + row * period_h, ow = along_w.first + column * period_w;
-    const int channel = share.group * group_out + co;
-    visit(output[(static_cast<int64_t>(n) * p.out_channels + channel) * out_plane +
-                 static_cast<int64_t>(oh) * p.out_width + ow],
-          n, channel, oh, ow);
+    const int row = share.corner.h + plan.tile.row_of(pixel);
+    const int column = share.corner.w + plan.tile.column_of(pixel);
+    if (n >= p.batch || row >= along_h.count || column >= along_w.count) return;
+    visit(n, along_h.first + row * period_h, along_w.first + column * period_w);
   };
+  T* const plane = output + (share.group * group_out + warp_co + g) * out_plane;  // of image 0
+  float shifts[2 * TILES_M];
+#pragma unroll
+  for (int i = 0; i < 2 * TILES_M; ++i) {
+    const int co = warp_co + i * 8 + g;  // within the group
+    const bool has_shift = bias != nullptr && co < group_out;
+    shifts[i] = has_shift ? to_float(bias[share.group * group_out + co]) : -0.0f;
+  }
+  // Two neighbours are written at once where that is possible for all.
+  const bool has_pairs = period_w == 1 && is_paired<T>(output, p.out_width);
   bool is_not_finite = false;
 #pragma unroll
-  for (int i = 0; i < TILES_M * 2; ++i) {
-    const int channel = share.group * group_out + share.part_co * WARP_CO + i * 8 + g;
-    const bool has_shift = bias != nullptr && i * 8 + g < group_out - share.part_co * WARP_CO;
-    const float shift = has_shift ? to_float(bias[channel]) : -0.0f;
+  for (int j = 0; j < TILES_N; ++j) {
+    visit_pixels(j, [&](int n, int oh, int ow) {
+      T* y = plane + n * (p.out_channels * out_plane) + static_cast<int64_t>(oh) * p.out_width + ow;
+      const bool has_second = ow + period_w < p.out_width;
 #pragma unroll
-    for (int j = 0; j < TILES_N; ++j) {
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const float value = sum[i / 2][j][i % 2 * 2 + pair];
-        is_not_finite |= !(fabsf(value) <= FLT_MAX);
-        visit_output(i / 2, i % 2, j, pair,
-                     [&](T& y, int, int, int, int) { set_rounded(y, value + shift); });
+      for (int i = 0; i < 2 * TILES_M; ++i, y += 8 * out_plane) {
+        if (warp_co + i * 8 + g >= group_out) break;
+        const float first = sum[i / 2][j][i % 2 * 2], second = sum[i / 2][j][i % 2 * 2 + 1];
+        is_not_finite |= !(fabsf(first) <= FLT_MAX && fabsf(second) <= FLT_MAX);
+        store_pair(y, first + shifts[i], second + shifts[i], period_w, has_second, has_pairs);
       }
-    }
+    });
   }
   if (!is_not_finite) return;
 #pragma unroll 1
-  for (int i = 0; i < TILES_M * 4 * TILES_N; ++i) {
-    visit_output(i / (4 * TILES_N), i / (2 * TILES_N) % 2, i / 2 % TILES_N, i % 2,
-                 [&](T& y, int n, int channel, int oh, int ow) {
-                   sum_again(y, input, weight, bias, p, rows, columns, n, channel, oh, ow);
-                 });
+  for (int i = 0; i < TILES_N * 2 * TILES_M; ++i) {
+    const int co = warp_co + i % (2 * TILES_M) * 8 + g;
+    if (co >= group_out) continue;
+    visit_pixels(i / (2 * TILES_M), [&](int n, int oh, int first_ow) {
+      const int channel = share.group * group_out + co;
+#pragma unroll 1
+      for (int ow = first_ow; ow < min(first_ow + 2 * period_w, p.out_width); ow += period_w) {
+        sum_again(output, input, weight, bias, p, rows, columns, n, channel, oh, ow);
+      }
+    });
   }
 }
 

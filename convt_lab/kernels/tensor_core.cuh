@@ -92,12 +92,13 @@ struct Tile {
 
   __host__ __device__ __forceinline__ int inputs() const { return images * rows * pitch; }
 
-  // Where the input above output `i` of the tile lies in it.
-  __device__ __forceinline__ int input_of(int i) const {
-    const int row = i >> shift_w & ((1 << shift_h) - 1);
-    return (image_of(i) * rows + row) * pitch + (i & ((1 << shift_w) - 1));
-  }
+  // Of an output of the tile; and where the input above it lies.
   __device__ __forceinline__ int image_of(int i) const { return i >> (shift_w + shift_h); }
+  __device__ __forceinline__ int row_of(int i) const { return i >> shift_w & ((1 << shift_h) - 1); }
+  __device__ __forceinline__ int column_of(int i) const { return i & ((1 << shift_w) - 1); }
+  __device__ __forceinline__ int input_of(int i) const {
+    return (image_of(i) * rows + row_of(i)) * pitch + column_of(i);
+  }
 };
 
 // One of the tiles: its first image, row and column.
@@ -243,14 +244,41 @@ __device__ __forceinline__ void for_each_chunk(const Shared<T, BYTES>& shared,
   }
 }
 
+// Whether two neighbours in a row of outputs can be written at once, if the first has an even
+// place.
+template <class T>
+__device__ __forceinline__ bool is_paired(const T* output, int out_width) {
+  return out_width % 2 == 0 && reinterpret_cast<uintptr_t>(output) % (2 * sizeof(T)) == 0;
+}
+
+// Writes an output and, if it exists, the one `step` behind it; at once, if they are a pair.
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, float first, float second, int step,
+                                           bool has_second, bool is_pair) {
+  T values[2];
+  set_rounded(values[0], first);
+  set_rounded(values[1], second);
+  if (is_pair) {  // rows have no single output at their end
+    struct alignas(2 * sizeof(T)) Pair {
+      T first, second;
+    };
+    *reinterpret_cast<Pair*>(to) = {values[0], values[1]};
+  } else {
+    to[0] = values[0];
+    if (has_second) to[step] = values[1];
+  }
+}
+
 // Sums an output again, tap by tap, if it is not finite: an infinity, or a value too large for
 // bfloat16, has parts that are NaN; zeros in place of inputs or taps make NaN with what is
 // infinite.
 template <class T>
-__device__ __forceinline__ void sum_again(T& y, const T* __restrict__ input,
+__device__ __forceinline__ void sum_again(T* __restrict__ output, const T* __restrict__ input,
                                           const T* __restrict__ weight, const T* __restrict__ bias,
                                           const ConvTransposeProblem& p, const Axis& rows,
                                           const Axis& columns, int n, int channel, int oh, int ow) {
+  const int64_t plane = static_cast<int64_t>(n) * p.out_channels + channel;
+  T& y = output[(plane * p.out_height + oh) * p.out_width + ow];
   if (fabsf(to_float(y)) <= FLT_MAX) return;
   const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
   const int first_ci = channel / group_out * group_in;

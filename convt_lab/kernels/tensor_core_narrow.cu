@@ -223,45 +223,64 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   });
 
   const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
-  // Calls visit(y, n, channel, oh, ow) for an output that exists: of row g or g + 8 of a product,
-  // in column 2t or the next.
-  const auto visit_output = [&](int m, int half, int j, int pair, const auto& visit) {
-    const int number = (part_n * TILES_N + j) * 8 + 2 * t + pair;
+  // Calls visit(n, oh, ow) for one of the lane's cells, if it exists, with its first output.
+  const auto visit_cell = [&](int m, int half, const auto& visit) {
     const int cell = warp * WARP_CELLS + m * 16 + half * 8 + g;
-    const Column column = column_of(number, p);
     const int n = corner.n + plan.tile.image_of(cell);
-    const int row = corner.h + (cell >> plan.tile.shift_w & ((1 << plan.tile.shift_h) - 1));
-    const int oh = row * p.stride_h + column.phase_h;
-    const int ow =
-        (corner.w + (cell & ((1 << plan.tile.shift_w) - 1))) * p.stride_w + column.phase_w;
-    if (number >= plan.columns || n >= p.batch || oh >= p.out_height || ow >= p.out_width) return;
-    const int channel = group * group_out + column.co;
-    visit(output[(static_cast<int64_t>(n) * p.out_channels + channel) * out_plane +
-                 static_cast<int64_t>(oh) * p.out_width + ow],
-          n, channel, oh, ow);
+    const int oh = (corner.h + plan.tile.row_of(cell)) * p.stride_h;
+    const int ow = (corner.w + plan.tile.column_of(cell)) * p.stride_w;
+    if (n < p.batch && oh < p.out_height && ow < p.out_width) visit(n, oh, ow);
   };
+  const bool has_pairs = p.stride_w % 2 == 0 && is_paired<T>(output, p.out_width);
   bool is_not_finite = false;
 #pragma unroll
   for (int j = 0; j < TILES_N; ++j) {
+    const int number = (part_n * TILES_N + j) * 8 + 2 * t;  // of the first of two columns
+    // With an even stride the second is the neighbour of the first.
+    const Column first = column_of(number, p), second = column_of(number + 1, p);
+    if (number >= plan.columns) continue;
+    const bool has_both = number + 1 < plan.columns;
+    const float shift = bias == nullptr ? -0.0f : to_float(bias[group * group_out + first.co]);
+    const float second_shift =
+        bias == nullptr || !has_both ? -0.0f : to_float(bias[group * group_out + second.co]);
+    const int64_t first_plane = (group * group_out + first.co) * out_plane;
+    const int64_t second_plane = (group * group_out + second.co) * out_plane;
 #pragma unroll
-    for (int m = 0; m < TILES_M; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = sum[m][j][i];
-        is_not_finite |= !(fabsf(value) <= FLT_MAX);
-        visit_output(m, i / 2, j, i % 2, [&](T& y, int, int channel, int, int) {
-          set_rounded(y, value + (bias == nullptr ? -0.0f : to_float(bias[channel])));
-        });
-      }
+    for (int i = 0; i < 2 * TILES_M; ++i) {
+      const float a = sum[i / 2][j][i % 2 * 2], b = sum[i / 2][j][i % 2 * 2 + 1];
+      is_not_finite |= !(fabsf(a) <= FLT_MAX && fabsf(b) <= FLT_MAX);
+      visit_cell(i / 2, i % 2, [&](int n, int oh, int ow) {
+        T* const image = output + n * (p.out_channels * out_plane);
+        const auto place_of = [&](const Column& column) {
+          return static_cast<int64_t>(oh + column.phase_h) * p.out_width + ow + column.phase_w;
+        };
+        const auto exists = [&](const Column& column) {
+          return oh + column.phase_h < p.out_height && ow + column.phase_w < p.out_width;
+        };
+        if (exists(first) && has_pairs) {
+          store_pair(image + first_plane + place_of(first), a + shift, b + second_shift, 1, true,
+                     true);
+        }
+        if (has_pairs) return;
+        if (exists(first)) set_rounded(image[first_plane + place_of(first)], a + shift);
+        if (has_both && exists(second)) {
+          set_rounded(image[second_plane + place_of(second)], b + second_shift);
+        }
+      });
     }
   }
   if (!is_not_finite) return;
 #pragma unroll 1
-  for (int i = 0; i < TILES_N * TILES_M * 4; ++i) {
-    visit_output(i / 4 % TILES_M, i / 2 % 2, i / (4 * TILES_M), i % 2,
-                 [&](T& y, int n, int channel, int oh, int ow) {
-                   sum_again(y, input, weight, bias, p, rows, columns, n, channel, oh, ow);
-                 });
+  for (int i = 0; i < 2 * TILES_N * 2 * TILES_M; ++i) {
+    const int number = (part_n * TILES_N + i / (4 * TILES_M)) * 8 + 2 * t + i % 2;
+    const Column column = column_of(number, p);
+    if (number >= plan.columns) continue;
+    visit_cell(i / 4 % TILES_M, i / 2 % 2, [&](int n, int first_oh, int first_ow) {
+      const int oh = first_oh + column.phase_h, ow = first_ow + column.phase_w;
+      if (oh >= p.out_height || ow >= p.out_width) return;
+      const int channel = group * group_out + column.co;
+      sum_again(output, input, weight, bias, p, rows, columns, n, channel, oh, ow);
+    });
   }
 }
 

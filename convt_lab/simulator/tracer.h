@@ -75,7 +75,11 @@ class Tracer {
       } else {
         state.start = state.buffer.start;
       }
-      if (state.buffer.space != CUDASIM_GLOBAL) state.words.assign(state.buffer.bytes / 4 + 2, {});
+      if (state.buffer.space == CUDASIM_GLOBAL) {
+        state.writes.clear();  // a launch begins when the one before it is done
+      } else {
+        state.words.assign(state.buffer.bytes / 4 + 2, {});
+      }
     }
     by_address_.clear();
     for (std::size_t i = 0; i < states_.size(); ++i) {
