@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env book test bench notebooks format lint clean
+.PHONY: help env book test mutants bench notebooks format lint clean
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -49,6 +49,9 @@ book: $(READY)  ## execute every notebook and render the book; warnings are erro
 
 test: book  ## render the book, then run the tests and check every notebook's stored outputs
 	$(BIN)/python -m pytest @tools/nbval.args -n $(WORKERS) --dist loadscope tests $(NOTEBOOKS)
+
+mutants: $(READY)  ## make the package wrong in many ways, and list which test notices each
+	@$(BIN)/python -m tests.mutants
 
 bench: $(READY)  ## measure everything on this GPU and write its record to records/
 	@$(BIN)/python -m convt_lab bench

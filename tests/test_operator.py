@@ -24,6 +24,7 @@ PROBLEM = lab.Problem(
     2, 4, 6, 5, 9, (3, 7), stride=(2, 1), padding=(1, 2), output_padding=(1, 0), groups=2, bias=True
 )
 gpu = pytest.mark.gpu
+OURS = ["simulator", pytest.param("cuda_ours", marks=gpu)]
 
 
 @pytest.fixture(params=PATHS)
@@ -325,6 +326,21 @@ class TestDtypes:
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
+    @pytest.mark.parametrize("path", OURS)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_autocast_where_a_kernel_of_ours_takes_the_type(self, path, dtype):
+        with on_path(path, "few_channels") as device, counting_runs() as runs:
+            data = PROBLEM.random_inputs(1, device)
+            results = []
+            for function in (lab.conv_transpose2d, F.conv_transpose2d):
+                with torch.autocast(device, dtype=dtype):
+                    y = function(*data, **PROBLEM.arguments)
+                    wide = function(*(t.double() for t in data), **PROBLEM.arguments)
+                assert (y.dtype, wide.dtype) == (dtype, torch.float64)
+                results.append((y, wide))
+        assert runs == ["few_channels"]
+        torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
     def test_autocast_that_is_off_or_of_another_device(self, data, device):
         with torch.autocast(device, dtype=torch.bfloat16, enabled=False):
             assert lab.conv_transpose2d(*data, **PROBLEM.arguments).dtype == torch.float32
@@ -396,6 +412,16 @@ class TestOtherTensors:
             assert fake.device == expected.device
             assert fake.shape == expected.shape
             assert fake.stride() == expected.stride()
+
+    def test_zeros_without_memory(self, data):
+        x, weight, bias = data
+        zeros = [torch._efficientzerotensor(t.shape, device=t.device) for t in data]
+        for tensors in [(zeros[0], weight, bias), (x, zeros[1], bias), (x, weight, zeros[2])]:
+            real = [torch.zeros_like(t) if t._is_zerotensor() else t for t in tensors]
+            torch.testing.assert_close(
+                lab.conv_transpose2d(*tensors, **PROBLEM.arguments),
+                F.conv_transpose2d(*real, **PROBLEM.arguments),
+            )
 
     def test_subclasses_keep_their_rules(self, data):
         seen = []
@@ -486,6 +512,45 @@ class TestPlans:
         monkeypatch.setattr(dispatch, "generation", dispatch.generation + 1)
         lab.conv_transpose2d(*data, **PROBLEM.arguments)
         assert len(made) == 3
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda x, w, b: (x[:1], w, b),
+            lambda x, w, b: (x.mT.contiguous().mT, w, b),
+            lambda x, w, b: (x, w.mT.contiguous().mT, b),
+            lambda x, w, b: (x, w, b.repeat_interleave(2)[::2]),
+            lambda x, w, b: (x, w, None),
+            lambda x, w, b: (x.half(), w.half(), b.half()),
+            lambda x, w, b: (x.to(memory_format=torch.channels_last), w, b),
+        ],
+        ids=["batch", "input", "weight", "bias", "no bias", "dtype", "channels last"],
+    )
+    def test_a_call_that_differs_in_one_thing_has_a_plan_of_its_own(self, simulated, change):
+        data = PROBLEM.random_inputs(1)
+        changed = change(*data)
+        for _ in range(2):
+            for tensors in (data, changed):
+                y = lab.conv_transpose2d(*tensors, **PROBLEM.arguments)
+                expected = F.conv_transpose2d(*tensors, **PROBLEM.arguments)
+                torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3, check_stride=True)
+        assert len(plans._plans) == 2
+
+    def test_dtypes_that_differ_after_a_call_whose_dtypes_agree(self, simulated):
+        x, weight, bias = PROBLEM.random_inputs(1)
+        with tf32(False):  # where it is allowed, it tells float32 from the others as well
+            lab.conv_transpose2d(x, weight, bias, **PROBLEM.arguments)
+            for wrong in [(x.half(), weight, bias), (x, weight.half(), bias)]:
+                with pytest.raises(RuntimeError, match="type"):
+                    lab.conv_transpose2d(*wrong, **PROBLEM.arguments)
+
+    def test_without_cudnn_pytorchs_output_may_lie_otherwise(self, simulated, monkeypatch):
+        """So what is planned with it is not used without."""
+        data = PROBLEM.random_inputs(1)
+        lab.conv_transpose2d(*data, **PROBLEM.arguments)
+        monkeypatch.setattr(torch.backends.cudnn, "enabled", not torch.backends.cudnn.enabled)
+        lab.conv_transpose2d(*data, **PROBLEM.arguments)
+        assert len(plans._plans) == 2
 
     def test_their_number_is_bounded(self, simulated, monkeypatch):
         monkeypatch.setattr(plans, "MAX_PLANS", 3)

@@ -1,6 +1,7 @@
 """What a launcher would launch, asked without running anything."""
 
 import ctypes
+import math
 
 import pytest
 
@@ -71,6 +72,23 @@ def test_a_stage_is_planned_for_a_problem_too_large_to_run():
     )
     for stage in lab.stages.values():
         assert stage.launches(problem)
+
+
+@pytest.mark.parametrize("stage", lab.stages)
+def test_as_many_blocks_as_the_images_need(stage):
+    """64 images have more outputs than 32 bits can count, and need as many blocks as 64 times one.
+
+    A few less, where images share tiles.
+    """
+    one, all_images = (
+        lab.Problem(batch, 512, 512, height=512, width=512, kernel_size=3) for batch in (1, 64)
+    )
+    assert math.prod(one.output_shape) < 2**31 < math.prod(all_images.output_shape)
+    blocks = [
+        sum(math.prod(launch.grid) for launch in lab.stages[stage].launches(problem))
+        for problem in (one, all_images)
+    ]
+    assert 0.95 * 64 * blocks[0] <= blocks[1] <= 64 * blocks[0]
 
 
 def test_a_launcher_may_ask_how_much_shared_memory_there_is():

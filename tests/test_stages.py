@@ -184,14 +184,22 @@ class TestNonFiniteValues:
         weight[3, 2, 2, 0] = -value
         self.check(stage, problem, x, weight, device)
 
-    def test_on_the_way(self, stage, problem, value, device):
-        """Sums of inputs overflow where no output does (and only the largest keep their digits)."""
+    @pytest.mark.parametrize("becomes", ["nan", "inf"])
+    def test_on_the_way(self, stage, problem, value, device, becomes):
+        """Sums of inputs overflow where no output does (and only the largest keep their digits).
+
+        Times a weight of zero the sum would be NaN, times another it would stay infinite.
+        """
         if not math.isinf(value):
             return
         x, weight, _ = problem.random_inputs()
-        x[1, 2, 3], x[1, 2, 5] = 2e38, -2e38
-        weight[2] = 0
-        weight[2, :, 1, 0] = 0.5
+        if becomes == "nan":
+            x[1, 2, 3], x[1, 2, 5] = 2e38, -2e38
+            weight[2] = 0
+            weight[2, :, 1, 0] = 0.5
+        else:
+            x[1, 2, 3, 20], x[1, 2, 5, 20] = 2e38, -2e38
+            weight[2] = 0.5
         y = run(stage, x, weight, None, device, **problem.arguments)
         expected = scatter(x, weight, **problem.arguments)
         assert np.abs(expected).max() > 9e37

@@ -1,0 +1,663 @@
+"""The mutants: what each one changes, and the tests of the suite that must fail for it.
+
+The tests are those that exist for their own sake. A mutant of a kernel names tests that build that
+kernel alone, because a change of any kernel's file builds all that are used anew.
+"""
+
+from __future__ import annotations
+
+from mutants.mutant import Edit, Mutant
+
+EACH_KERNEL = "test_conformance.py::test_each_kernel_in_each_dtype_and_memory_format"
+STAGE = "test_stages.py::TestCalls"
+RANDOM = "test_stages.py::test_float64_agrees_on_300_random_problems"
+EDGES = "test_stages.py::test_the_stars_kernel_at_its_edges"
+TOO_LARGE = "test_stages.py::test_kernels_too_large_for_shared_memory"
+NO_HAZARDS = "test_hazards.py::test_the_stages_have_none_on_the_random_problems"
+
+
+def mutant(
+    name: str,
+    wrong: str,
+    file: str,
+    old: str,
+    new: str,
+    *tests: str,
+    errors: tuple[str, ...] = (),
+    gpus: int = 0,
+) -> Mutant:
+    """Make a mutant with one change."""
+    return Mutant(name, wrong, f"convt_lab/{file}", (Edit(old, new),), tests, errors, gpus)
+
+
+# ---- Kernels -----------------------------------------------------------------------------------
+
+NAIVE = "kernels/naive_gather.cu"
+COALESCED = "kernels/coalesced.cu"
+SHARED = "kernels/shared_tiled.cu"
+CELLS = "kernels/cells.cuh"
+PHASES = "kernels/phases.cuh"
+
+KERNELS = (
+    mutant(
+        "kernel-flipped",
+        "the kernel is turned by 180 degrees, as a convolution has it",
+        NAIVE,
+        "weight[(filter * p.kernel_h + kh) * p.kernel_w + kw]",
+        "weight[(filter * p.kernel_h + p.kernel_h - 1 - kh) * p.kernel_w + p.kernel_w - 1 - kw]",
+        f"{STAGE}::test_unbatched[cpu-naive_gather]",
+        f"{EACH_KERNEL}[naive_gather-simulator]",
+    ),
+    mutant(
+        "kernel-rows-and-columns-swapped",
+        "the kernel is read as [KW, KH]",
+        NAIVE,
+        "weight[(filter * p.kernel_h + kh) * p.kernel_w + kw]",
+        "weight[(filter * p.kernel_w + kw) * p.kernel_h + kh]",
+        f"{STAGE}::test_numpy_arrays_give_a_numpy_array[naive_gather]",
+    ),
+    mutant(
+        "channels-of-the-weight-swapped",
+        "the weight is read as [C_out, C_in/groups, KH, KW], as a convolution's",
+        NAIVE,
+        "static_cast<int64_t>(ci) * group_out + co % group_out;",
+        "static_cast<int64_t>(co) * group_in + (ci - first_ci);",
+        f"{STAGE}::test_positional_arguments_in_pytorchs_order[naive_gather]",
+    ),
+    mutant(
+        "dilation-ignored",
+        "the kernel's columns are taken as neighbours, whatever the dilation",
+        NAIVE,
+        "ow + p.padding_w - kw * p.dilation_w;",
+        "ow + p.padding_w - kw;",
+        f"{EACH_KERNEL}[naive_gather-simulator]",
+        f"{TOO_LARGE}[cpu-(3, 4), stride (1, 1), dilation (300, 300)-naive_gather]",
+    ),
+    mutant(
+        "padding-with-the-wrong-sign",
+        "padding moves the output's rows the other way",
+        NAIVE,
+        "oh + p.padding_h - kh * p.dilation_h;",
+        "oh - p.padding_h - kh * p.dilation_h;",
+        f"{STAGE}::test_views[cpu-naive_gather]",
+    ),
+    mutant(
+        "bias-of-the-input-channel",
+        "the bias is taken as one value for each input channel",
+        NAIVE,
+        "sum += bias[co];",
+        "sum += bias[co % p.in_channels];",
+        f"{STAGE}::test_unbatched[cpu-naive_gather]",
+    ),
+    mutant(
+        "right-edge-off-by-one",
+        "the last column of the input is taken to lie outside the image",
+        NAIVE,
+        "w >= p.width) continue;",
+        "w >= p.width - 1) continue;",
+        f"{STAGE}::test_unbatched[cpu-naive_gather]",
+    ),
+    mutant(
+        "int32-number-of-outputs",
+        "the outputs are counted with 32 bits, and more than 2^31 are forgotten",
+        NAIVE,
+        "const int64_t count = static_cast<int64_t>(p.batch) * p.out_channels * p.out_height * "
+        "p.out_width;\n  const auto blocks",
+        "const auto count = static_cast<int>(static_cast<int64_t>(p.batch) * p.out_channels * "
+        "p.out_height * p.out_width);\n  const auto blocks",
+        "test_planning.py::test_as_many_blocks_as_the_images_need[naive_gather]",
+    ),
+    mutant(
+        "int32-offset-of-an-output",
+        "an output's place is computed with 32 bits",
+        COALESCED,
+        "output[(static_cast<int64_t>(plane_out) * p.out_height + oh) * p.out_width + ow]",
+        "output[(static_cast<int>(plane_out) * p.out_height + oh) * p.out_width + ow]",
+        "test_operator.py::TestOnAGPU::test_an_output_of_more_than_2_to_31_elements[coalesced]",
+        errors=("RuntimeError",),
+        gpus=1,
+    ),
+    mutant(
+        "groups-ignored",
+        "every output channel is computed from the first group's input channels",
+        COALESCED,
+        "const int first_ci = co / group_out * group_in;",
+        "const int first_ci = 0;",
+        f"{STAGE}::test_unbatched[cpu-coalesced]",
+    ),
+    mutant(
+        "groups-interleaved",
+        "an output channel belongs to group co % groups, not to co / (C_out/groups)",
+        COALESCED,
+        "const int first_ci = co / group_out * group_in;",
+        "const int first_ci = co % p.groups * group_in;",
+        f"{EACH_KERNEL}[coalesced-simulator]",
+    ),
+    mutant(
+        "first-image-for-all",
+        "every image of the batch is computed from the first",
+        COALESCED,
+        "(static_cast<int64_t>(n) * p.in_channels + first_ci) * plane_size",
+        "static_cast<int64_t>(first_ci) * plane_size",
+        f"{STAGE}::test_numpy_arrays_give_a_numpy_array[coalesced]",
+    ),
+    mutant(
+        "output-not-written-where-no-tap-reaches",
+        "an output that no tap reaches keeps what was in memory, where zero or the bias belongs",
+        COALESCED,
+        "  float sum = 0.0f;\n",
+        "  if (vertical.count == 0 || horizontal.count == 0) return;\n  float sum = 0.0f;\n",
+        f"{TOO_LARGE}[cpu-(2, 2), stride (100, 300), dilation (1, 1)-coalesced]",
+    ),
+    mutant(
+        "bias-dropped",
+        "the bias is not added",
+        COALESCED,
+        "  if (bias != nullptr) sum += bias[co];\n",
+        "",
+        f"{STAGE}::test_views[cpu-coalesced]",
+    ),
+    mutant(
+        "default-stream-in-a-kernels-launcher",
+        "a kernel is started on the default stream, not on the one that its launcher is given",
+        COALESCED,
+        "dim3(TILE_W, TILE_H), 0, stream>>>(",
+        "dim3(TILE_W, TILE_H), 0>>>(",
+        "test_kernels.py::test_every_launch_is_on_the_launchers_stream[coalesced.cu]",
+    ),
+    mutant(
+        "last-tap-dropped",
+        "the kernel's last row and column are not among the taps of their residue class",
+        "kernels/problem.cuh",
+        "(axis.kernel - 1 - k) / axis.k_step + 1};",
+        "(axis.kernel - 2 - k) / axis.k_step + 1};",
+        f"{EACH_KERNEL}[coalesced-simulator]",
+    ),
+    mutant(
+        "wrong-residue-class",
+        "the dilation's inverse modulo the stride is taken for 1, as it is for a dilation of 1",
+        "kernels/problem.cuh",
+        "const int inverse = static_cast<int>((factor % k_step + k_step) % k_step);",
+        "const int inverse = 1 % k_step;",
+        f"{EACH_KERNEL}[coalesced-simulator]",
+    ),
+    mutant(
+        "barrier-missing-after-the-copies",
+        "a block reads its tile before all threads have copied their part",
+        SHARED,
+        "        __syncthreads();\n\n        const int th_begin",
+        "\n        const int th_begin",
+        f"{NO_HAZARDS}[shared_tiled-0]",
+    ),
+    mutant(
+        "barrier-missing-before-the-next-copies",
+        "a block copies its next tile while some threads still read this one",
+        SHARED,
+        "        __syncthreads();\n      }\n    }\n  }\n",
+        "      }\n    }\n  }\n",
+        f"{NO_HAZARDS}[shared_tiled-0]",
+    ),
+    mutant(
+        "last-input-channels-dropped",
+        "input channels behind the last whole chunk are left out",
+        SHARED,
+        "for (int ci0 = 0; ci0 < group_in; ci0 += chunk.ci) {",
+        "for (int ci0 = 0; ci0 + chunk.ci <= group_in; ci0 += chunk.ci) {",
+        f"{RANDOM}[cpu-0]",
+    ),
+    mutant(
+        "bias-added-for-every-chunk",
+        "the bias is added once for each chunk of input channels and taps",
+        SHARED,
+        "        __syncthreads();\n      }\n    }\n  }\n  if (!inside) return;\n"
+        "  if (bias != nullptr) sum += bias[co];\n",
+        "        __syncthreads();\n        if (bias != nullptr) sum += bias[co];\n      }\n    }\n"
+        "  }\n  if (!inside) return;\n",
+        f"{RANDOM}[cpu-0]",
+    ),
+    mutant(
+        "barrier-missing-between-the-buffers",
+        "a warp copies into a buffer that others still read, and reads what others still copy",
+        "kernels/register_blocked.cu",
+        "    __syncthreads();  // this chunk has arrived, and nobody uses the other buffer any "
+        "more\n",
+        "",
+        f"{NO_HAZARDS}[register_blocked-0]",
+    ),
+    mutant(
+        "no-zeros-behind-a-row",
+        "on the flat axis a row of inputs ends where the next begins, whose values it reads",
+        "kernels/flat.cuh",
+        "static_cast<int64_t>(p.width) + p.kernel_w - 1 - p.padding_w;",
+        "static_cast<int64_t>(p.width);",
+        f"{EDGES}[cpu-(1, 17, 7, 64) (17, 33, 3, 7)]",
+    ),
+    Mutant(
+        "no-zeros-behind-an-image",
+        "on the flat axis rows and images lie end to end, and read each other's inputs",
+        f"convt_lab/{PHASES}",
+        (
+            Edit("static_cast<int64_t>(phase.size) + halo", "static_cast<int64_t>(phase.size)"),
+            Edit("static_cast<int64_t>(phase.count) + reach", "static_cast<int64_t>(phase.count)"),
+        ),
+        (f"{RANDOM}[cpu-0]",),
+    ),
+    mutant(
+        "int32-rows-of-all-images",
+        "rows of all images are laid on one axis even where 32 bits can't count them",
+        "kernels/flat.cuh",
+        "max(images_of_tile * max(in_image, out_image), p.batch * rows);",
+        "images_of_tile * max(in_image, out_image);",
+        "test_planning.py::test_rows_of_all_images_that_32_bits_cannot_count_are_not_one_axis"
+        "[kernel_size0-register_blocked]",
+    ),
+    mutant(
+        "weights-of-the-first-chunk-for-all",
+        "every chunk of input channels is multiplied by the first one's weights",
+        PHASES,
+        "    copier.from_w += count * tile.filters_size;\n",
+        "",
+        f"{RANDOM}[cpu-0]",
+    ),
+    mutant(
+        "products-with-zeros-beyond-the-edge",
+        "an infinite weight is multiplied by zeros beyond the image's edge, which gives NaN",
+        PHASES,
+        "  if (!not_a_number) return;\n",
+        "  return;\n",
+        "test_stages.py::TestNonFiniteValues::test_in_the_weight"
+        "[cpu-settings3-inf-register_blocked]",
+    ),
+    mutant(
+        "winograd-with-a-wrong-sign",
+        "the third of the transformed weights has the second's sign",
+        "kernels/winograd.cu",
+        "fmaf(-0.5f, g[1], even)",
+        "fmaf(0.5f, g[1], even)",
+        f"{EDGES}[cpu-(1, 17, 7, 64) (17, 33, 3, 7)]",
+    ),
+    mutant(
+        "winograd-overflow-kept",
+        "a sum of inputs that overflows on the way stays infinite in the output",
+        "kernels/winograd.cu",
+        "is_not_finite |= !(fabsf(y0) <= FLT_MAX && fabsf(y1) <= FLT_MAX);",
+        "is_not_finite |= y0 != y0 || y1 != y1;",
+        "test_stages.py::TestNonFiniteValues::test_on_the_way[cpu-inf-settings2-inf-winograd]",
+    ),
+    mutant(
+        "sums-in-the-storage-type",
+        "sums of float16 are rounded to float16 behind every row of taps",
+        CELLS,
+        "            x -= rows.i_step * plan.pitch;\n",
+        "            for (auto& row : sum) {\n"
+        "              for (auto& channel : row) {\n"
+        "                for (float& s : channel) {\n"
+        "                  T rounded;\n"
+        "                  set_rounded(rounded, s);\n"
+        "                  s = to_float(rounded);\n"
+        "                }\n"
+        "              }\n"
+        "            }\n"
+        "            x -= rows.i_step * plan.pitch;\n",
+        "test_kernels.py::TestValues::test_in_half_the_bits_only_storing_rounds"
+        "[cpu-torch.float16-one_channel]",
+    ),
+    mutant(
+        "packed-weights-kept-too-long",
+        "weights in shared memory are not packed anew for the next input channels",
+        CELLS,
+        "if (!keeps_weights || (t == 0 && pass == 0 && ci0 == 0)) {",
+        "if (t == 0 && pass == 0 && ci0 == 0) {",
+        "test_kernels.py::TestValues::test_float64_agrees[cpu-one_channel]",
+    ),
+    mutant(
+        "barrier-missing-before-new-inputs",
+        "a block overwrites inputs that some of its warps still read",
+        CELLS,
+        "        if (pass == 0 || plan.chunk_ci < group_in) {\n          __syncthreads();\n",
+        "        if (pass == 0 || plan.chunk_ci < group_in) {\n",
+        "test_kernels.py::test_there_are_no_hazards[torch.float32-one_channel]",
+    ),
+    mutant(
+        "a-launcher-that-refuses-nothing",
+        "a launcher starts its kernel for problems that the kernel does not cover",
+        "kernels/one_channel.cu",
+        "if (!cells::covers(p) || p.out_channels != p.groups) return cudaErrorInvalidValue;",
+        "if (!cells::covers(p)) return cudaErrorInvalidValue;",
+        "test_kernels.py::TestWhatIsCovered::test_the_launcher_agrees[one_channel]",
+    ),
+)
+
+# ---- The operator and what it stands on --------------------------------------------------------
+
+GRADIENTS = "test_operator.py::TestGradients"
+OUR_AUTOCAST = "test_operator.py::TestDtypes::test_autocast_where_a_kernel_of_ours_takes_the_type"
+PLANS = "test_operator.py::TestPlans"
+OWN_PLAN = f"{PLANS}::test_a_call_that_differs_in_one_thing_has_a_plan_of_its_own"
+
+OPERATOR = (
+    mutant(
+        "output_padding-moves-the-index",
+        "output_padding is added to the padding that the kernels index with",
+        "stages.py",
+        "pairs = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)",
+        "padding = tuple(map(sum, zip(problem.padding, problem.output_padding)))\n"
+        "        pairs = (problem.kernel_size, problem.stride, padding, problem.dilation)",
+        f"{STAGE}::test_unbatched[cpu-naive_gather]",
+        f"{EACH_KERNEL}[shared_tiled-simulator]",
+    ),
+    mutant(
+        "strides-of-the-axes-swapped",
+        "the kernels are told the stride of the columns for that of the rows",
+        "stages.py",
+        "problem.kernel_size, problem.stride, problem.padding",
+        "problem.kernel_size, problem.stride[::-1], problem.padding",
+        f"{STAGE}::test_unbatched[cpu-coalesced]",
+    ),
+    mutant(
+        "output_padding-leaves-the-size",
+        "output_padding does not make the output larger",
+        "problem.py",
+        "                + output_padding\n                + 1,",
+        "                + 1,",
+        "test_problem.py::test_the_example_in_the_docstring",
+        "test_problem.py::test_output_shape_is_that_of_torch",
+    ),
+    mutant(
+        "last-tap-dropped-in-the-reference",
+        "the kernel's last tap reaches no output",
+        "problem.py",
+        "while k < self.kernel and i >= 0:",
+        "while k < self.kernel - 1 and i >= 0:",
+        "test_problem.py::test_taps_are_the_pairs_that_meet",
+        "test_reference.py::test_scatter_gather_and_torch_agree_on_every_problem",
+    ),
+    Mutant(
+        "a-judge-that-passes-NaN",
+        "the measure of errors leaves out what is not finite",
+        "convt_lab/reference.py",
+        (
+            Edit("(actual != expected)\n", "(actual != expected) & np.isfinite(actual)\n"),
+            Edit("~(np.isfinite(actual) & np.isfinite(expected))", "~np.isfinite(expected)"),
+        ),
+        ("test_reference.py::test_what_is_not_finite_never_passes",),
+    ),
+    mutant(
+        "default-stream",
+        "a call runs on the default stream, not on the current one",
+        "launcher.py",
+        "None if self._index is None else _current_stream(self._index),",
+        "None,",
+        "test_operator.py::TestOnAGPU::test_the_current_stream_with_a_producer_that_sleeps",
+        gpus=1,
+    ),
+    mutant(
+        "no-device-guard",
+        "a call runs on the current GPU, not on that of its tensors",
+        "launcher.py",
+        "if index is None or index == torch.cuda.current_device():",
+        "if True:",
+        "test_operator.py::TestOnAGPU::test_a_second_gpu",
+        errors=("RuntimeError",),
+        gpus=2,
+    ),
+    mutant(
+        "bias-not-handed-on",
+        "the operator starts the kernel without the bias",
+        "launcher.py",
+        "None if bias is None else bias.data_ptr(),",
+        "None,",
+        f"{PLANS}::test_a_kernel_of_ours_runs_once_for_each_call",
+    ),
+    mutant(
+        "strides-of-the-input-ignored",
+        "an input that is not dense is read as if it were",
+        "plan.py",
+        "plan._input_format = None if is_dense else memory_format",
+        "plan._input_format = None",
+        f"{OWN_PLAN}[input]",
+    ),
+    mutant(
+        "strides-of-the-weight-ignored",
+        "a weight that is not contiguous is read as if it were",
+        "plan.py",
+        "plan._copied_weight = not weight.is_contiguous()",
+        "plan._copied_weight = False",
+        f"{OWN_PLAN}[weight]",
+    ),
+    mutant(
+        "strides-of-the-bias-ignored",
+        "a bias with gaps is read as if it had none",
+        "plan.py",
+        "plan._copied_bias = bias is not None and not bias.is_contiguous()",
+        "plan._copied_bias = False",
+        f"{OWN_PLAN}[bias]",
+    ),
+    mutant(
+        "channels-last-lost",
+        "the output is contiguous even where PyTorch's is channels last",
+        "plan.py",
+        "return torch._C._conv_determine_backend_memory_format(input, weight, library)",
+        "return torch.contiguous_format",
+        f"{OWN_PLAN}[channels last]",
+    ),
+    mutant(
+        "a-plan-for-other-strides",
+        "a call takes the plan that was made for a weight with other strides",
+        "plan.py",
+        "        weight.stride(),\n",
+        "",
+        f"{OWN_PLAN}[weight]",
+    ),
+    mutant(
+        "a-plan-for-another-dtype",
+        "a call takes the plan that was made for an input of another dtype, and reads it as such",
+        "plan.py",
+        "        input.dtype,\n",
+        "",
+        f"{PLANS}::test_dtypes_that_differ_after_a_call_whose_dtypes_agree",
+    ),
+    mutant(
+        "a-plan-for-another-precision",
+        "a call takes the plan that was made when TF32 was not allowed",
+        "plan.py",
+        "        tf32,\n        torch._C",
+        "        torch._C",
+        "test_operator.py::TestDtypes::test_tf32_is_asked_for_as_pytorch_does",
+    ),
+    mutant(
+        "plans-that-are-never-made-anew",
+        "a plan stays when the dispatch has learnt better",
+        "plan.py",
+        "        dispatch.generation,\n",
+        "",
+        f"{PLANS}::test_a_choice_is_made_once",
+    ),
+    mutant(
+        "a-kernel-that-does-not-support-the-call",
+        "a plan takes the chosen kernel without asking whether it supports the problem",
+        "plan.py",
+        "not kernels[choice.kernel].supports(\n"
+        "            problem, dtype, channels_last\n"
+        "        )",
+        "False",
+        f"{PLANS}::test_a_kernel_is_not_given_what_it_does_not_take",
+    ),
+    mutant(
+        "unsupported-kernels-are-candidates",
+        "the dispatch considers kernels that do not support the problem",
+        "dispatch.py",
+        "kernel.supports(problem, dtype, channels_last)",
+        "True",
+        "test_dispatch.py::TestWithoutAKernel::test_a_problem_that_no_kernel_covers",
+        "test_dispatch.py::TestWithoutAKernel::test_another_memory_format",
+    ),
+    mutant(
+        "gradient-of-the-weight-in-a-wrong-order",
+        "the weight's gradient has its kernel's rows and columns swapped",
+        "library.py",
+        "            ctx.needs_input_grad[:3],\n        )\n        return *gradients, None\n",
+        "            ctx.needs_input_grad[:3],\n        )\n"
+        "        of_input, of_weight, of_bias = gradients\n"
+        "        if of_weight is not None:\n"
+        "            of_weight = of_weight.mT.reshape(weight.shape)\n"
+        "        return of_input, of_weight, of_bias, None\n",
+        f"{GRADIENTS}::test_any_subset[simulator-needed1]",
+        "test_conformance.py::test_gradients_of_random_problems[simulator]",
+    ),
+    mutant(
+        "gradient-of-the-bias-of-the-first-image",
+        "the bias's gradient is summed over the pixels, not over the images",
+        "library.py",
+        "            ctx.needs_input_grad[:3],\n        )\n        return *gradients, None\n",
+        "            ctx.needs_input_grad[:3],\n        )\n"
+        "        of_input, of_weight, of_bias = gradients\n"
+        "        if of_bias is not None:\n"
+        "            of_bias = grad_output[0].sum((1, 2))\n"
+        "        return of_input, of_weight, of_bias, None\n",
+        f"{GRADIENTS}::test_any_subset[simulator-needed2]",
+    ),
+    mutant(
+        "second-derivative-incomplete",
+        "the gradients are taken for independent of the weight when they are differentiated",
+        "library.py",
+        "        input, weight = ctx.saved_tensors\n        problem = ctx.problem\n",
+        "        input, weight = ctx.saved_tensors\n        weight = weight.detach()\n"
+        "        problem = ctx.problem\n",
+        f"{GRADIENTS}::test_second_derivatives[simulator]",
+    ),
+    mutant(
+        "second-derivative-missing",
+        "the gradients can't be differentiated",
+        "library.py",
+        "    @staticmethod\n    def backward(ctx, grad_output: Tensor):\n"
+        '        """Return the gradients of input, weight and bias."""\n'
+        "        input, weight",
+        "    @staticmethod\n    @torch.autograd.function.once_differentiable\n"
+        "    def backward(ctx, grad_output: Tensor):\n"
+        '        """Return the gradients of input, weight and bias."""\n'
+        "        input, weight",
+        f"{GRADIENTS}::test_second_derivatives[simulator]",
+        errors=("RuntimeError",),
+    ),
+    mutant(
+        "gradient-of-the-bias-alone-forgotten",
+        "a call of which only the bias needs a gradient is not recorded",
+        "operator.py",
+        "input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)",
+        "input.requires_grad or weight.requires_grad",
+        f"{GRADIENTS}::test_any_subset[simulator-needed2]",
+        errors=("RuntimeError",),
+    ),
+    mutant(
+        "tangent-of-the-weight-forgotten",
+        "in forward mode the output's tangent lacks the weight's part",
+        "library.py",
+        "        if weight_tangent is not None:\n"
+        "            terms.append(_apply(input, weight_tangent, None, *ctx.arguments))\n",
+        "",
+        "test_operator.py::TestTransforms::test_as_pytorchs[simulator-jvp]",
+    ),
+    mutant(
+        "vmap-mixes-the-examples",
+        "under vmap the examples' input channels are taken in turns, not one example's together",
+        "library.py",
+        "        input.flatten(1, 2),\n",
+        "        input.transpose(1, 2).flatten(1, 2),\n",
+        "test_operator.py::TestTransforms::test_vmap[simulator-None-0-0]",
+    ),
+    mutant(
+        "strides-of-channels-last-ignored",
+        "a channels-last input is handed to kernels that take contiguous ones only",
+        "plan.py",
+        "channels_last = memory_format == torch.channels_last",
+        "channels_last = False",
+        f"{OWN_PLAN}[channels last]",
+    ),
+    mutant(
+        "fake-kernel-with-a-wrong-shape",
+        "a traced call is told an output without output_padding",
+        "library.py",
+        'torch.library.register_fake("convt_lab::conv_transpose2d", _pytorchs, lib=_library)',
+        "def _fake(x, weight, bias=None, stride=1, padding=0, output_padding=0, *rest):\n"
+        "    return _pytorchs(x, weight, bias, stride, padding, (0, 0), *rest)\n\n\n"
+        'torch.library.register_fake("convt_lab::conv_transpose2d", _fake, lib=_library)',
+        "test_compile.py::TestOpcheck::test_whole[torch.float32-memory_format0-False-simulator]",
+        errors=("OpCheckError",),
+    ),
+    mutant(
+        "autocast-ignored",
+        "autocast is honoured on a GPU only",
+        "operator.py",
+        'if torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"):',
+        'if torch.is_autocast_enabled("cuda"):',
+        "test_operator.py::TestDtypes::test_autocast[simulator-False-torch.float16]",
+        f"{OUR_AUTOCAST}[torch.float16-simulator]",
+    ),
+    mutant(
+        "autocast-of-float64",
+        "autocast takes float64 for float32",
+        "library.py",
+        "        or tensor.dtype is torch.float64\n",
+        "",
+        f"{OUR_AUTOCAST}[torch.bfloat16-simulator]",
+    ),
+    mutant(
+        "one-image-with-a-batch-axis",
+        "the output of an input without a batch axis has one",
+        "operator.py",
+        "            input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, "
+        "dilation\n        ).squeeze(0)",
+        "            input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, "
+        "dilation\n        )",
+        "test_operator.py::TestArguments::test_positional_arguments_unbatched_and_empty[simulator]",
+    ),
+    mutant(
+        "negatives-taken-as-they-lie",
+        "a tensor whose memory holds its negatives is read as if it did not",
+        "operator.py",
+        "return tensor.layout is torch.strided and not tensor.is_neg() and not tensor",
+        "return tensor.layout is torch.strided and not tensor",
+        "test_conformance.py::test_random_problems[simulator]",
+    ),
+    mutant(
+        "output_size-ignored",
+        "the layer takes no notice of output_size",
+        "module.py",
+        "if output_size is not None:",
+        "if False:",
+        "test_module.py::TestTheLayer::test_forward_and_output_size",
+        "test_module.py::TestTheLayer::test_output_sizes_that_cannot_be",
+    ),
+    mutant(
+        "from_torch-copies",
+        "the layer made of PyTorch's has copies of its parameters",
+        "module.py",
+        "name: value.copy() if isinstance(value, dict) else value",
+        "name: __import__('copy').deepcopy(value)",
+        "test_module.py::TestFromTorch::test_parameters_are_shared",
+    ),
+    mutant(
+        "a-shared-layer-replaced-twice",
+        "a layer that is used in two places becomes two layers",
+        "module.py",
+        "    for module in model.modules():\n"
+        "        if _why_not(module) is None:\n"
+        "            module.__class__ = ConvTranspose2d\n",
+        "    for module in list(model.modules()):\n"
+        "        for name, child in module._modules.items():\n"
+        "            if _why_not(child) is None:\n"
+        "                module._modules[name] = ConvTranspose2d.from_torch(child)\n",
+        "test_module.py::TestReplace::test_a_model",
+    ),
+    mutant(
+        "subclasses-replaced-too",
+        "a layer with a forward of its own is replaced, and loses it",
+        "module.py",
+        'if type(module) is not torch.nn.ConvTranspose2d or "forward" in module.__dict__:',
+        "if type(module) is ConvTranspose2d:",
+        "test_module.py::TestReplace::test_what_is_more_than_the_class_is_left_alone",
+    ),
+)
+
+MUTANTS = (*KERNELS, *OPERATOR)
