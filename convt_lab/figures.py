@@ -12,6 +12,7 @@ import difflib
 import inspect
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from convt_lab.decoder_record import DecoderRecord, Profile
     from convt_lab.records import Record, Shape
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "flat_axis",
     "growth",
     "halo",
+    "layer_times",
     "listing",
     "request",
     "residues",
@@ -117,7 +120,7 @@ def listing(
         text, title = source, "CUDA C++"
     else:
         file = source.__module__.rpartition(".")[2]
-        code = _without_docstring(inspect.getsource(source))
+        code = _without_docstring(textwrap.dedent(inspect.getsource(source)))
         return Listing(code, "python", f"{file}.py: {source.__qualname__}")
 
     lines = text.splitlines()
@@ -1142,6 +1145,83 @@ def growth(record: Record) -> Picture:
         axes.set_xticks(shown, list(map(str, shown)))
     figure.axes[0].legend(["best stage", "cuDNN float32"], fontsize=8, frameon=False)
     return Picture(figure, "time for a pixel as a problem grows", aligned(rows, left=(0, 2)))
+
+
+def layer_times(
+    record: DecoderRecord | None, mode: str = "float32", after: str | None = None
+) -> Picture:
+    """Draw what each layer of a network takes, one panel for inference and one for training.
+
+    Parameters
+    ----------
+    record
+        What was measured; None for a picture that says that nothing was.
+    mode
+        Its name.
+    after
+        What the kernels of the swapped layers were chosen by, to draw the network after the swap
+        beside the one before; None for the latter alone.
+
+    Returns
+    -------
+    Picture
+        Bars of milliseconds: before orange, after blue; of training, the backward is pale. The
+        table has the numbers.
+    """
+    name = "what each layer takes"
+    if record is None:
+        figure, (axes,) = _panels(1, height=0.8)
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", color=_GREY)
+        return Picture(figure, name, "not measured yet")
+    one = record.mode(mode)
+    labels = list(one.before.profile.inference)
+    runs = [("before", one.before.profile, _ORANGE, _PALE_ORANGE)]
+    if after is not None:
+        runs.append(("after", one.chosen_by(after).profile, _BLUE, _PALE_BLUE))
+    high = 0.7 / len(runs)
+    figure, panels = _panels(2, height=1.4 + (0.2 + 0.13 * (len(runs) - 1)) * len(labels))
+    for which, (_, profile, color, pale) in enumerate(runs):
+        places = [i + (which - (len(runs) - 1) / 2) * high for i in range(len(labels))]
+        for axes, halves in zip(panels, _halves(profile), strict=True):
+            left = [0.0] * len(labels)
+            for half, fill in zip(halves, (color, pale), strict=False):
+                widths = [1000 * half[layer] for layer in labels]
+                axes.barh(places, widths, high, left, color=fill, edgecolor=color, linewidth=0.6)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+    shown = [label + (" *" if label in one.alone else "") for label in labels]
+    for axes, title in zip(panels, ("inference", "training"), strict=True):
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.set_yticks(range(len(labels)), shown if axes is panels[0] else [""] * len(labels))
+        axes.set_xlabel("milliseconds of kernels", fontsize=9, color=_INK)
+        axes.set_title(title, fontsize=11, color=_INK)
+        _plain(axes)
+    keys = [(f"{when}, {half}" if half else when, fill)
+            for when, _, color, pale in runs
+            for half, fill in (("forward", color), ("backward", pale))]  # fmt: skip
+    _legend(figure, keys)
+    what = ("inference", "forward", "backward")
+    rows = [("ms", *(cell for when, *_ in runs for cell in (when, "", "")))]
+    rows.append(("", *(what * len(runs))))
+    for label, layer in zip(shown, labels, strict=True):
+        halves = [half[layer] for _, p, *_ in runs for half in (p.inference, p.forward, p.backward)]
+        rows.append((label, *(f"{1000 * seconds:.3f}" for seconds in halves)))
+    return Picture(figure, name, aligned(rows, left=(0,)))
+
+
+def _halves(profile: Profile) -> tuple[tuple[Mapping[str, float], ...], ...]:
+    """Return what is stacked in the panels of `layer_times`."""
+    return (profile.inference,), (profile.forward, profile.backward)
+
+
+def _legend(figure: Figure, keys: Sequence[tuple[str, str]]) -> None:
+    """Name the colours of bars, below all panels."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=fill, edgecolor="#BBBBBB", label=text) for text, fill in keys]
+    figure.legend(
+        handles=handles, fontsize=8, frameon=False, loc="outside lower center", ncols=len(keys)
+    )
 
 
 def _plain(axes: Axes) -> None:

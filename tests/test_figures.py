@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import records_for_tests
 from counter_cases import PATTERN_CASES
+from decoder_record_for_tests import made_record
 from matplotlib.colors import to_hex
 
 import convt_lab as lab
@@ -184,6 +185,7 @@ PICTURES = {
     "bars": lambda: figures.bars(records_for_tests.record(), "star"),
     "roofline": lambda: figures.roofline(10e12, 5e12, {"a": (2, 4e12), "b": (90, 9e12)}),
     "growth": lambda: figures.growth(records_for_tests.record()),
+    "layer_times": lambda: figures.layer_times(made_record(), "TF32", after="tables"),
 }
 each_picture = pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES.keys())
 

@@ -5,15 +5,16 @@ is checked here: every number is a setting that the text itself chooses ("stride
 hardware, or a claim that this file compares with the code.
 """
 
-import json
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import convt_lab as lab
-from convt_lab import Problem, figures, records
+from convt_lab import Problem, decoder, decoder_record, decoder_report, figures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in sorted((ROOT / "book").glob("*.*")) if path.suffix != ".bib"}
@@ -87,14 +88,29 @@ def inputs_of_tile(height: int) -> int:
     return (height + STAR.kernel_size[0] - 1) * (256 // height + STAR.kernel_size[1] - 1)
 
 
-def profiles_are_of_the_kernel_before() -> bool:
-    """Whether the profiled `winograd` cut the star and the classic shape as it no longer does."""
-    path, stage = records.FOLDER / "nvidia-h200-profiles.json", lab.stages["winograd"]
-    profiles = json.loads(path.read_text())["profiles"]
-    return all(
-        profiles[f"winograd {name}"][0]["blocks"] != stage.launches(Problem.named(name))[0].grid[0]
-        for name in ("star", "classic")
-    )
+def share_of_work(*layers: str) -> float:
+    """Of the decoder chapter's network, by operations of the forward."""
+    flops = decoder_report.flops_of(decoder_record.NETWORK)
+    return sum(flops[layer] for layer in layers) / sum(flops.values())
+
+
+def most_bytes() -> str:
+    """The transposed convolution of that network that moves the most."""
+    size = decoder_record.NETWORK
+    with torch.device("meta"):
+        network = decoder.SegmentationNet(size.classes, size.width)
+        problems = decoder.problems_of(network, torch.empty(size.input_shape))
+    return max(problems, key=lambda name: problems[name].compulsory_bytes)
+
+
+def backward_over_forward() -> float:
+    """The operations of that network's backward over those of its forward."""
+    size = decoder_record.NETWORK
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        scores = decoder.SegmentationNet(size.classes, size.width)(torch.empty(size.input_shape))
+        forward = counter.get_total_flops()
+        scores.sum().backward()
+    return counter.get_total_flops() / forward - 1
 
 
 # What a page says, and whether it is so: True if the phrase itself is made from the code, or names
@@ -143,8 +159,11 @@ CLAIMS = {
     },
     "ladder": {
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
-        "the counters are of the kernel before": profiles_are_of_the_kernel_before,
-        "a profile of the new kernel has not been taken": profiles_are_of_the_kernel_before,
+    },
+    "decoder": {
+        "about a thousandth of the work": lambda: round(share_of_work("up3", "up4"), 3) == 0.001,
+        "moves more bytes than any other": lambda: most_bytes() == "up4",
+        "about twice the forward's operations": lambda: 1.9 < backward_over_forward() < 2.1,
     },
     "api": {},
     "simulator": {
