@@ -50,8 +50,9 @@ SLOW = ("naive_gather", "coalesced", "shared_tiled")
 #: How many times as fast as PyTorch a kernel must have been, to be chosen for the very problem ...
 MARGIN = 1.02
 
-#: ... for a similar one, and on another GPU model. With 1.2 one in a hundred of the table's problems
-#: would be slower than PyTorch's by more than 3 % if the others chose for it, with 1.05 two.
+#: ... for a similar one, and on another GPU model. With 1.2 one in a hundred of the table's
+#: problems would be slower than PyTorch's by more than 3 % if the others chose for it, with 1.05
+#: two.
 MARGIN_SIMILAR, MARGIN_OTHER_GPU = 1.2, 1.5
 
 #: Problems farther apart than this (see `distance`) say nothing about each other.

@@ -16,7 +16,8 @@
 // lie one below the other, straight from the cache. 3x7: 70 loads and 168 FMAs.
 namespace depthwise {
 
-constexpr int ROWS = 8;  // of outputs of a thread
+constexpr int ROWS = 8;   // of outputs of a thread
+constexpr int AHEAD = 2;  // rows of inputs
 constexpr int THREADS = 256;
 
 template <class T, int KH, int KW>
@@ -43,36 +44,54 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int kh = 0; kh < KH; ++kh) weights[kh][kw] = to_float(filter[kh * KW + kw]);
   }
-  float sum[ROWS] = {};
-  // From below, so that an output meets its taps in their order.
-#pragma unroll
-  for (int i = ROWS - 1; i > -KH; --i) {
-    const int h = first_oh + p.padding_h + i;  // of the input
-    if (h < 0 || h >= p.height) continue;
+  // Rows of inputs are loaded some rows ahead, so that loads of several are under way.
+  float values[AHEAD + 1][KW];
+  const auto load_row = [&](int i, float (&row)[KW]) {
+    const int h = first_oh + p.padding_h + i;
+    const bool inside = h >= 0 && h < p.height;
     const T* const x = plane + static_cast<int64_t>(h) * p.width + (ow + p.padding_w);
-    float values[KW];
 #pragma unroll
-    for (int kw = 0; kw < KW; ++kw) values[kw] = exists[kw] ? to_float(x[-kw]) : 0.0f;
+    for (int kw = 0; kw < KW; ++kw) {
+      row[kw] = inside && exists[kw] ? to_float(x[-kw]) : 0.0f;
+    }
+  };
+  // From below, so that an output meets its taps in their order.
+  constexpr int LAST = ROWS - 1, COUNT = ROWS + KH - 1;
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) load_row(LAST - i, values[i]);
+  float sum[ROWS] = {};
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    if (i + AHEAD < COUNT) load_row(LAST - i - AHEAD, values[(i + AHEAD) % (AHEAD + 1)]);
 #pragma unroll
     for (int kh = 0; kh < KH; ++kh) {
-      if (i + kh < 0 || i + kh >= ROWS) continue;
+      const int r = LAST - i + kh;  // of the outputs
+      if (r < 0 || r >= ROWS) continue;
 #pragma unroll
       for (int kw = 0; kw < KW; ++kw) {
-        sum[i + kh] = fmaf(values[kw], weights[kh][kw], sum[i + kh]);
+        sum[r] = fmaf(values[i % (AHEAD + 1)][kw], weights[kh][kw], sum[r]);
       }
     }
   }
   const float shift = bias == nullptr ? -0.0f : to_float(bias[channel]);
+  T* const column = out + static_cast<int64_t>(first_oh) * p.out_width + ow;
+  const int rows = min(ROWS, p.out_height - first_oh);
+  bool is_not_a_number = false;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const int oh = first_oh + r;
-    if (oh >= p.out_height) break;
-    if (!(sum[r] == sum[r])) {  // a zero met something infinite
-      const Axis rows = unit_axis(p.height, p.out_height, KH, p.padding_h);
-      const Axis columns = unit_axis(p.width, p.out_width, KW, p.padding_w);
-      sum[r] = sum_of_taps(plane, filter, p, rows, columns, oh, ow);
-    }
-    set_rounded(out[static_cast<int64_t>(oh) * p.out_width + ow], sum[r] + shift);
+    is_not_a_number |= !(sum[r] == sum[r]);
+    if (r < rows) set_rounded(column[static_cast<int64_t>(r) * p.out_width], sum[r] + shift);
+  }
+  if (!is_not_a_number) return;
+  // A zero met something infinite: summed again, by the definition.
+  const Axis along_h = unit_axis(p.height, p.out_height, KH, p.padding_h);
+  const Axis along_w = unit_axis(p.width, p.out_width, KW, p.padding_w);
+#pragma unroll 1
+  for (int r = 0; r < rows; ++r) {
+    T& y = column[static_cast<int64_t>(r) * p.out_width];
+    if (to_float(y) == to_float(y)) continue;
+    const float again = sum_of_taps(plane, filter, p, along_h, along_w, first_oh + r, ow);
+    set_rounded(y, again + shift);
   }
 }
 
