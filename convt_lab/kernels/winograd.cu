@@ -215,8 +215,9 @@ __global__ void __launch_bounds__(THREADS, 1)
             sum[q][j] = fmaf(window[j + KW - 1 - kw], weights[q], sum[q][j]);
           }
         }
-        // Copies go between the taps, where nothing waits for them. The weights are loaded behind the
-        // first: where ptxas gives them the barrier of a window's load, a wait for one is for both.
+        // Copies go between the taps, where nothing waits for them. The weights are loaded behind
+        // the first: where ptxas gives them the barrier of a window's load, a wait for one is for
+        // both.
         if (kw < 2) copy_vector(to_x + kw * THREADS * VECTOR, from_x, place, copies);
         if (kw == 0) {
           place = places_of_thread[THREADS];
