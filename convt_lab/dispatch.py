@@ -28,7 +28,7 @@ from convt_lab.measurements import Measurement, Table
 from convt_lab.operator_record import PYTORCH
 from convt_lab.problem import Problem
 from convt_lab.records import RecordError
-from convt_lab.stages import Kernel, Stage, kernels
+from convt_lab.stages import Kernel, kernels
 
 __all__ = [
     "SLOW",
@@ -46,6 +46,9 @@ __all__ = [
 
 #: Rungs that are there to teach: always slower than a later one.
 SLOW = ("naive_gather", "coalesced", "shared_tiled")
+
+#: Kernels that are made for groups of few channels, the more special first.
+FOR_FEW_CHANNELS = ("one_channel", "few_channels")
 
 #: How many times as fast as PyTorch a kernel must have been, to be chosen for the very problem ...
 MARGIN = 1.02
@@ -490,7 +493,7 @@ def _without_measurements(
     kernel that is no rung is made for it.
     """
     intensity = problem.flops / max(1, problem.compulsory_bytes)
-    special = [name for name in ours if not isinstance(kernels.get(name), Stage)]
+    special = [name for name in FOR_FEW_CHANNELS if name in ours]
     if (
         special
         and dtype == "float32"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convt_lab.columns import aligned
+from convt_lab.operator_record import PYTORCH
 from convt_lab.problem import Axis, Problem
 from convt_lab.program import compile as compile_source
 from convt_lab.simulator.report import SECTOR_BYTES, Report, Request
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from convt_lab.decoder_record import DecoderRecord, Profile
+    from convt_lab.operator_record import Case, OperatorRecord
     from convt_lab.records import Record, Shape
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "residues",
     "reuse",
     "roofline",
+    "speedups",
     "stamps",
     "window",
 ]
@@ -1145,6 +1148,69 @@ def growth(record: Record) -> Picture:
         axes.set_xticks(shown, list(map(str, shown)))
     figure.axes[0].legend(["best stage", "cuDNN float32"], fontsize=8, frameon=False)
     return Picture(figure, "time for a pixel as a problem grows", aligned(rows, left=(0, 2)))
+
+
+# How the operator's choices are marked: by shape and by colour. PyTorch's own is orange everywhere.
+_MARKS = {
+    "tensor_core": dict(marker="o", mfc=_BLUE, mec=_BLUE),
+    "tensor_core_narrow": dict(marker="o", mfc="white", mec=_BLUE),
+    "one_channel": dict(marker="^", mfc=_GREEN, mec=_GREEN),
+    "few_channels": dict(marker="v", mfc="white", mec=_GREEN),
+    "register_blocked": dict(marker="s", mfc=_INK, mec=_INK),
+    "winograd": dict(marker="D", mfc="white", mec=_INK),
+    PYTORCH: dict(marker="X", mfc=_ORANGE, mec=_ORANGE),
+}
+
+
+def speedups(record: OperatorRecord, form: tuple[str, str, bool]) -> Picture:
+    """Draw how many times as fast as PyTorch the operator is, one row for each problem.
+
+    Parameters
+    ----------
+    record
+        What was measured.
+    form
+        Dtype, memory format and whether TF32 is allowed.
+
+    Returns
+    -------
+    Picture
+        A mark for each problem, the fastest on top, on a logarithmic axis; it says which kernel
+        computed it. The line is PyTorch. The table has the times; what was not timed is left out.
+    """
+    timed = [(case, case.speedup) for case in record.of_form(form) if case.speedup is not None]
+    timed.sort(key=lambda pair: -pair[1])
+    figure, (axes,) = _panels(1, height=1.3 + 0.17 * len(timed))
+    rows = [("ms", "kernel", "ratio", "PyTorch", "operator")]
+    for i, (case, speedup) in enumerate(timed):
+        axes.plot([1, speedup], [i, i], color="#BBBBBB", linewidth=1, zorder=1)
+        axes.plot(speedup, i, linestyle="", markersize=5.5, zorder=3, **_MARKS[case.choice])
+        times = (f"{1000 * cold.seconds:.4f}" for cold in (case.pytorch_beside, case.operator.cold))
+        rows.append((case.shape, case.choice, f"{speedup:.2f}", *times))
+    axes.axvline(1, color=_RED, linewidth=1.2, linestyle="--", zorder=2)
+    axes.set_xscale("log", base=2)
+    values = [speedup for _, speedup in timed]
+    axes.set_xlim(min([0.9, *values]) / 1.05, 1.2 * max([1.9, *values]))
+    axes.set_ylim(len(timed) - 0.4, -0.6)
+    axes.set_yticks(range(len(timed)), [case.shape for case, _ in timed])
+    axes.set_xlabel("times as fast as PyTorch", fontsize=9, color=_INK)
+    _plain(axes)
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    _name_marks(axes, [case for case, _ in timed])
+    return Picture(figure, "the operator against PyTorch's own", aligned(rows, left=(0, 1)))
+
+
+def _name_marks(axes: Axes, cases: Sequence[Case]) -> None:
+    """Name the marks of `speedups`, in the corner that no mark of a sorted list reaches."""
+    from matplotlib.lines import Line2D
+
+    used = {case.choice for case in cases}
+    handles = [
+        Line2D([], [], linestyle="", markersize=5.5, label=name, **style)
+        for name, style in _MARKS.items()
+        if name in used
+    ]
+    axes.legend(handles=handles, fontsize=8, frameon=False, loc="lower right")
 
 
 def layer_times(

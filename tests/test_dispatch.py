@@ -465,13 +465,15 @@ class TestOtherGPUs:
 class TestWithoutMeasurements:
     DEPTHWISE = Problem(8, 64, 64, 64, 64, kernel_size=4, stride=2, padding=1, groups=64)
 
-    def choose(self, problem=DEPTHWISE, form=FORM, ours=("register_blocked", "special")):
+    def choose(self, problem=DEPTHWISE, form=FORM, ours=("register_blocked", "few_channels")):
         return by_table(problem=problem, form=form, ours=ours)
 
     def test_where_memory_is_the_limit_a_kernel_made_for_it_is_taken(self):
         choice = self.choose()
-        assert choice.kernel == "special"
+        assert choice.kernel == "few_channels"
         assert "memory is the limit" in choice.reason
+        both = self.choose(ours=("tensor_core", "few_channels", "one_channel"))
+        assert both.kernel == "one_channel"
 
     @pytest.mark.parametrize(
         "changes",
@@ -481,8 +483,9 @@ class TestWithoutMeasurements:
             dict(form=("float32", False, True)),
             dict(form=("float16", False, False)),
             dict(ours=("register_blocked",)),
+            dict(ours=("tensor_core", "tensor_core_narrow")),
         ],
-        ids=["dense", "arithmetic", "tf32", "half", "rungs"],
+        ids=["dense", "arithmetic", "tf32", "half", "rungs", "tensor cores"],
     )
     def test_else_it_is_pytorchs(self, changes):
         assert self.choose(**changes).kernel == "pytorch"

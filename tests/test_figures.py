@@ -12,8 +12,9 @@ from decoder_record_for_tests import made_record
 from matplotlib.colors import to_hex
 
 import convt_lab as lab
-from convt_lab import Problem, figures, reference
+from convt_lab import Problem, dispatch, figures, operator_record, reference
 from convt_lab.simulator.report import BufferUse, Report, Request, Site, totals_of
+from convt_lab.stages import kernels
 
 TEXT = """\
 #include <cmath>
@@ -166,6 +167,31 @@ def a_report():
     return Report(sites, totals_of(sites), 0, (), {"x": use}, (), 1, 1, source)
 
 
+def operators_record(**speedups):
+    """One in which the operator chose each kernel of that name, and was so many times as fast."""
+    seconds = {name: operator_record.Cold(0.001 / s, 20, 0.0) for name, s in speedups.items()}
+    pytorch = operator_record.Cold(0.001, 20, 0.0)
+    cases = [
+        operator_record.Case(
+            *(f"problem of {name}", Problem(), *operator_record.FORMS[0]),
+            pytorch=operator_record.Result(cold=pytorch),
+            operator=operator_record.Result(cold=cold),
+            choice=name,
+            pytorch_beside=pytorch,
+        )
+        for name, cold in seconds.items()
+    ]
+    untimed = operator_record.Case(
+        *("untimed", Problem(), *operator_record.FORMS[0]), operator_record.Result("failed", "no")
+    )
+    made = records_for_tests.record()
+    parts = made.gpu, made.software, made.date, 0, 1.0, {}, (*cases, untimed)
+    return operator_record.OperatorRecord(*parts)
+
+
+CHOICES = {"pytorch": 1.0, **{name: 2.0 + i for i, name in enumerate(kernels)}}
+CHOICES = {name: speedup for name, speedup in CHOICES.items() if name not in dispatch.SLOW}
+
 PICTURES = {
     "stamps": lambda: figures.stamps(
         Problem(height=2, width=3, kernel_size=3),
@@ -185,6 +211,7 @@ PICTURES = {
     "bars": lambda: figures.bars(records_for_tests.record(), "star"),
     "roofline": lambda: figures.roofline(10e12, 5e12, {"a": (2, 4e12), "b": (90, 9e12)}),
     "growth": lambda: figures.growth(records_for_tests.record()),
+    "speedups": lambda: figures.speedups(operators_record(**CHOICES), operator_record.FORMS[0]),
     "layer_times": lambda: figures.layer_times(made_record(), "TF32", after="tables"),
 }
 each_picture = pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES.keys())
@@ -449,3 +476,30 @@ def test_growth_draws_the_best_stage_and_cudnn():
         for line, rows_of in ((stage, lambda p: p.best), (cudnn, lambda p: p.row("cudnn_float32"))):
             expected = [1e9 * point.seconds_per_pixel(rows_of(point)) for point in points]
             assert line.get_ydata() == pytest.approx(expected)
+
+
+def test_speedups_mark_every_choice_in_its_own_way():
+    picture = figures.speedups(operators_record(**CHOICES), operator_record.FORMS[0])
+    (axes,) = picture.figure.axes
+    marks = [line for line in axes.lines if line.get_marker() not in ("None", "", None)]
+    best_first = sorted(CHOICES, key=CHOICES.get, reverse=True)
+    assert [line.get_xdata()[0] for line in marks] == pytest.approx(
+        [CHOICES[name] for name in best_first]
+    )
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f"problem of {n}" for n in best_first]
+    looks = {(m.get_marker(), to_hex(m.get_markerfacecolor())) for m in marks}
+    assert len(looks) == len(CHOICES)  # told apart without their edges' colour
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(named) == sorted(CHOICES)
+    rows = [row.split()[-4:] for row in picture.table().splitlines()[1:]]
+    assert [row[0] for row in rows] == best_first
+    for name, speedup, pytorch, own in rows:
+        assert (pytorch, float(own)) == ("1.0000", pytest.approx(1 / CHOICES[name], abs=1e-4))
+        assert float(speedup) == pytest.approx(CHOICES[name])
+
+
+def test_speedups_without_some_choices_name_only_the_others():
+    few = operators_record(pytorch=0.9, one_channel=4.0)
+    (axes,) = figures.speedups(few, operator_record.FORMS[0]).figure.axes
+    assert axes.get_xlim()[0] < 0.9
+    assert {t.get_text() for t in axes.get_legend().get_texts()} == {"pytorch", "one_channel"}

@@ -5,6 +5,8 @@ is checked here: every number is a setting that the text itself chooses ("stride
 hardware, or a claim that this file compares with the code.
 """
 
+import functools
+import math
 import re
 from pathlib import Path
 
@@ -14,7 +16,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import convt_lab as lab
-from convt_lab import Problem, decoder, decoder_record, decoder_report, figures
+from convt_lab import (
+    Problem,
+    decoder,
+    decoder_record,
+    decoder_report,
+    figures,
+    operator_bench,
+    operator_record,
+    records,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in sorted((ROOT / "book").glob("*.*")) if path.suffix != ".bib"}
@@ -113,6 +124,74 @@ def backward_over_forward() -> float:
     return counter.get_total_flops() / forward - 1
 
 
+@functools.cache
+def of_operator(form: int) -> tuple[operator_record.Case, ...]:
+    """The operator chapter's cases of one of `FORMS`; 0, 2, 4: float32, TF32, float16."""
+    record = operator_record.load(records.FOLDER / "nvidia-h200-operator.json")
+    return record.of_form(operator_record.FORMS[form])
+
+
+def by_ours(form: int) -> float:
+    cases = of_operator(form)
+    return sum(case.choice != operator_record.PYTORCH for case in cases) / len(cases)
+
+
+def best_of_ours_on_wide(form: int) -> float:
+    """Against PyTorch, the geometric mean."""
+    logs = []
+    for case in of_operator(form):
+        timed = [result.seconds for result in case.kernels.values() if result.seconds]
+        if min(case.problem.in_channels, case.problem.out_channels) >= 32 * case.problem.groups:
+            logs.append(math.log(case.pytorch.seconds / min(timed)))
+    return math.exp(math.fsum(logs) / len(logs))
+
+
+def largest_error(*kernels: str) -> float:
+    """The condition error in float32."""
+    return max(c.kernels[k].errors.condition for c in of_operator(0) for k in kernels
+               if k in c.kernels)  # fmt: skip
+
+
+def rate_over_fmas(shape: str, kernel: str) -> float:
+    """By the definition's FMAs, over the measured rate of the FMA units."""
+    (case,) = (case for case in of_operator(0) if case.shape == shape)
+    result = case.pytorch if kernel == operator_record.PYTORCH else case.kernels[kernel]
+    ceiling = records.load_named("nvidia-h200").ceilings.fp32_fma
+    return case.problem.flops / result.seconds / ceiling
+
+
+def false_alarms() -> bool:
+    """Whether what the record calls wrong is what the chapter says, and is still there."""
+    wrong = [
+        (form, case, result)
+        for form in range(6)
+        for case in of_operator(form)
+        for result in case.kernels.values()
+        if result.status != "ok"
+    ]
+    return bool(wrong) and all(
+        form == 4
+        and case.problem.groups == case.problem.in_channels
+        and result.errors == case.pytorch.errors
+        for form, case, result in wrong
+    )
+
+
+def program_over_mean(form: int) -> float:
+    """The speedup of a program that runs every shape once, over the geometric mean."""
+    cases = of_operator(form)
+    program = math.fsum(case.pytorch_beside.seconds for case in cases) / math.fsum(
+        case.operator.seconds for case in cases
+    )
+    return program / math.exp(math.fsum(math.log(case.speedup) for case in cases) / len(cases))
+
+
+def share_of_two_longest() -> float:
+    """Of PyTorch's time on all shapes."""
+    seconds = sorted(case.pytorch_beside.seconds for case in of_operator(0))
+    return math.fsum(seconds[-2:]) / math.fsum(seconds)
+
+
 # What a page says, and whether it is so: True if the phrase itself is made from the code, or names
 # what the cell beside it sets or prints.
 CLAIMS = {
@@ -159,6 +238,50 @@ CLAIMS = {
     },
     "ladder": {
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
+    },
+    "operator": {
+        "on 44 shapes": lambda: len(operator_bench.shapes()) == 44,
+        "in six forms": lambda: len(operator_record.FORMS) == 6,
+        "most problems are computed by a kernel of ours": lambda: by_ours(0) > 0.8,
+        "With TF32 and in float16 it is a minority": lambda: max(by_ours(2), by_ours(4)) < 0.4,
+        "no kernel of ours took that format": lambda: (
+            not any(case.kernels for form in (1, 3, 5) for case in of_operator(form))
+        ),
+        "The largest gains of the table are here": lambda: all(
+            case.choice in ("one_channel", "few_channels") and case.problem.groups > 1
+            for case in sorted(of_operator(0), key=lambda case: case.speedup)[-5:]
+        ),
+        "The kernel is faster than any kernel can be": lambda: (
+            rate_over_fmas("star (kernelbench 65)", "tensor_core") > 1.05
+        ),
+        "The two tensor-core kernels are no less accurate": lambda: (
+            largest_error("tensor_core", "tensor_core_narrow")
+            <= largest_error("register_blocked", "winograd")
+        ),
+        "on a few shapes its worst output would not pass": lambda: (
+            1 < sum(c.pytorch.errors.condition > c.pytorch.errors.gate for c in of_operator(0)) < 6
+        ),
+        "about twice as fast as ours": lambda: all(
+            0.45 < best_of_ours_on_wide(form) < 0.6 for form in (2, 4)
+        ),
+        "at half of bfloat16's rate": lambda: (
+            0.45
+            < records.load_named("nvidia-h200").ceilings.gemm_tf32
+            / records.load_named("nvidia-h200").ceilings.gemm_bfloat16
+            < 0.55
+        ),
+        "exceeds the rate of the FMA units": lambda: (
+            rate_over_fmas("kernelbench 69", operator_record.PYTORCH) > 1.2
+        ),
+        "the record still holds these false alarms": false_alarms,
+        "about two fifths of PyTorch's time": lambda: 0.36 < share_of_two_longest() < 0.44,
+        "the program gains a little more than the mean, and in float16 it gains less": lambda: (
+            min(program_over_mean(0), program_over_mean(2)) > 1 and program_over_mean(4) < 1
+        ),
+        "100 by 100 pixels": True,  # the exercise's image
+        "Values of 16 bits are": True,  # float16, too
+        "values of 16 bits": torch.finfo(torch.bfloat16).bits == 16,
+        "eight significant bits": torch.finfo(torch.bfloat16).eps == 2**-7,
     },
     "decoder": {
         "about a thousandth of the work": lambda: round(share_of_work("up3", "up4"), 3) == 0.001,

@@ -47,14 +47,15 @@ __device__ __forceinline__ void store_vector(float* shared, const float* registe
 }
 
 // The sum for one output, tap by tap: slow, and right where the kernels' ways are not (values that
-// are not finite). `planes` and `filters` begin at the output's image, group and channel.
+// are not finite). `planes` and `filters` begin at the output's image, group and channel; from one
+// channel of the input to the next it is `channel_step`, from one pixel of a row `pixel_step`.
 template <class T>
 __device__ __forceinline__ float sum_of_taps(const T* __restrict__ planes,
                                              const T* __restrict__ filters,
                                              const ConvTransposeProblem& p, const Axis& rows,
-                                             const Axis& columns, int oh, int ow) {
+                                             const Axis& columns, int oh, int ow,
+                                             int64_t channel_step, int pixel_step) {
   const Taps vertical = taps_reaching(rows, oh), horizontal = taps_reaching(columns, ow);
-  const int64_t plane_size = static_cast<int64_t>(p.height) * p.width;
   const int64_t filters_size =
       static_cast<int64_t>(p.out_channels / p.groups) * p.kernel_h * p.kernel_w;
   float sum = 0.0f;
@@ -63,10 +64,20 @@ __device__ __forceinline__ float sum_of_taps(const T* __restrict__ planes,
       for (int tw = 0; tw < horizontal.count; ++tw) {
         const int64_t h = vertical.i - th * rows.i_step, w = horizontal.i - tw * columns.i_step;
         const int kh = vertical.k + th * rows.k_step, kw = horizontal.k + tw * columns.k_step;
-        sum = fmaf(to_float(planes[ci * plane_size + h * p.width + w]),
+        sum = fmaf(to_float(planes[ci * channel_step + (h * p.width + w) * pixel_step]),
                    to_float(filters[ci * filters_size + kh * p.kernel_w + kw]), sum);
       }
     }
   }
   return sum;
+}
+
+// The same for an input [N, C, H, W].
+template <class T>
+__device__ __forceinline__ float sum_of_taps(const T* __restrict__ planes,
+                                             const T* __restrict__ filters,
+                                             const ConvTransposeProblem& p, const Axis& rows,
+                                             const Axis& columns, int oh, int ow) {
+  return sum_of_taps(planes, filters, p, rows, columns, oh, ow,
+                     static_cast<int64_t>(p.height) * p.width, 1);
 }

@@ -1,4 +1,4 @@
-// Transposed convolution by cells, for problems with few channels: what depthwise.cu and
+// Transposed convolution by cells, for problems with few channels: what one_channel.cu and
 // few_channels.cu have in common.
 //
 // A cell is a stretch of `stride` outputs, o = stride * c + r with a phase r for each. With e = i -

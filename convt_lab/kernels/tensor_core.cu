@@ -34,6 +34,7 @@ struct Plan {
   int warps_m;             // warps of a block that have the same pixels
   int blocks_m;            // blocks that have the same pixels, of a class
   int chunks;              // of a group's input channels
+  bool is_aligned;         // see Source
 };
 
 // Lanes' shares of the weights of one phase and 32 output channels, [chunk, tap, tile, lane]. They
@@ -200,7 +201,7 @@ __device__ __forceinline__ Share find_share(unsigned block, const Plan& plan) {
   return share;
 }
 
-template <class T>
+template <class T, bool LAST>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     tensor_core_kernel(const T* __restrict__ input, const T* __restrict__ weight,
                        const T* __restrict__ bias, T* __restrict__ output,
@@ -215,8 +216,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const int group_in = p.in_channels / p.groups;
     const Share share = find_share(blockIdx.x, plan);
     const Shared<T, INPUT_BYTES<T>> shared(memory, plan.tile);
-    find_inputs(shared.places, plan.tile, share.corner, p, rows.i_step, columns.i_step,
-                share.class_h, share.class_w);
+    find_inputs<LAST>(shared.places, plan.tile, share.corner, p, rows.i_step, columns.i_step,
+                      share.class_h, share.class_w);
     const Phase along_h = phase_of(rows, max(share.phase_h, 0));
     const Phase along_w = phase_of(columns, share.phase_w);
     const int taps = share.phase_h < 0 ? 0 : along_h.taps * along_w.taps;
@@ -238,11 +239,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     Weights<PARTS> a;
     load_weights<PARTS>(a, packed + a_of_chunk);
 
-    const int64_t plane_size = static_cast<int64_t>(p.height) * p.width;
-    const T* const planes =
-        input + (static_cast<int64_t>(share.corner.n) * p.in_channels + share.group * group_in) *
-                    plane_size;
-    for_each_chunk(shared, planes, plan.tile.inputs(), group_in, plane_size, [&](bool has_next) {
+    const Source<T, LAST> source(input, p, share.corner.n, share.group, plan.is_aligned);
+    for_each_chunk(shared, source, plan.tile.inputs(), group_in, [&](bool has_next) {
       const char* x = shared.inputs;
       int left = along_w.taps;  // of the row of taps
       const int next_row = (plan.tile.pitch - along_w.taps) * INPUT_BYTES<T>;
@@ -270,7 +268,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int lane = (threadIdx.x + blockIdx.y) % 32, g = lane / 4, t = lane % 4;
   const int group_out = p.out_channels / p.groups;
   const Phase along_h = phase_of(rows, share.phase_h), along_w = phase_of(columns, share.phase_w);
-  const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
   const int period_h = period_of(rows), period_w = period_of(columns);
   const int warp_co = share.part_co * WARP_CO;
   // Calls visit(n, oh, ow) for the first of the lane's two pixels in a tile, if it exists.
@@ -282,7 +279,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     if (n >= p.batch || row >= along_h.count || column >= along_w.count) return;
     visit(n, along_h.first + row * period_h, along_w.first + column * period_w);
   };
-  T* const plane = output + (share.group * group_out + warp_co + g) * out_plane;  // of image 0
   float shifts[2 * TILES_M];
 #pragma unroll
   for (int i = 0; i < 2 * TILES_M; ++i) {
@@ -291,19 +287,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     shifts[i] = has_shift ? to_float(bias[share.group * group_out + co]) : -0.0f;
   }
   // Two neighbours are written at once where that is possible for all.
-  const bool has_pairs = period_w == 1 && is_paired<T>(output, p.out_width);
+  const bool has_pairs = !LAST && period_w == 1 && is_paired<T>(output, p.out_width);
+  const int64_t next_channels = 8 * (LAST ? 1 : static_cast<int64_t>(p.out_height) * p.out_width);
+  const int next_pixel = period_w * (LAST ? p.out_channels : 1);
   bool is_not_finite = false;
 #pragma unroll
   for (int j = 0; j < TILES_N; ++j) {
     visit_pixels(j, [&](int n, int oh, int ow) {
-      T* y = plane + n * (p.out_channels * out_plane) + static_cast<int64_t>(oh) * p.out_width + ow;
+      T* y = output + place_of_output<LAST>(p, n, share.group * group_out + warp_co + g, oh, ow);
       const bool has_second = ow + period_w < p.out_width;
 #pragma unroll
-      for (int i = 0; i < 2 * TILES_M; ++i, y += 8 * out_plane) {
+      for (int i = 0; i < 2 * TILES_M; ++i, y += next_channels) {
         if (warp_co + i * 8 + g >= group_out) break;
         const float first = sum[i / 2][j][i % 2 * 2], second = sum[i / 2][j][i % 2 * 2 + 1];
         is_not_finite |= !(fabsf(first) <= FLT_MAX && fabsf(second) <= FLT_MAX);
-        store_pair(y, first + shifts[i], second + shifts[i], period_w, has_second, has_pairs);
+        store_pair(y, first + shifts[i], second + shifts[i], next_pixel, has_second, has_pairs);
       }
     });
   }
@@ -316,7 +314,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int channel = share.group * group_out + co;
 #pragma unroll 1
       for (int ow = first_ow; ow < min(first_ow + 2 * period_w, p.out_width); ow += period_w) {
-        sum_again(output, input, weight, bias, p, rows, columns, n, channel, oh, ow);
+        sum_again<LAST>(output, input, weight, bias, p, rows, columns, n, channel, oh, ow);
       }
     });
   }
@@ -410,13 +408,14 @@ int64_t packed_bytes(const ConvTransposeProblem& p) {
          static_cast<int64_t>(sizeof(uint4));
 }
 
-template <class T>
+template <class T, bool LAST>
 cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, void* packed,
                    const ConvTransposeProblem& p, cudaStream_t stream) {
   const Axis rows = rows_of(p), columns = columns_of(p);
   Plan plan = {};
   const std::size_t shared_bytes = make_plan<T>(p, rows, columns, plan);
   if (shared_bytes == 0) return cudaErrorInvalidValue;
+  plan.is_aligned = LAST && is_aligned_last(input, p);
   const int64_t packers = ceil_div(shares_of(plan), PACKED_AT_ONCE * THREADS);
   const int64_t packing = packers * owners_of(p, plan);
   if (packing > INT32_MAX / (4 * PACKED_AT_ONCE)) return cudaErrorInvalidValue;  // 32 bits are used
@@ -424,43 +423,34 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
       weight, static_cast<uint4*>(packed), p, rows, columns, plan, static_cast<int>(packers));
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(tensor_core_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes));
+  error =
+      cudaFuncSetAttribute(tensor_core_kernel<T, LAST>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
   const int64_t blocks = static_cast<int64_t>(plan.tile.tiles_n) * plan.tile.tiles_h *
                          plan.tile.tiles_w * plan.blocks_m * plan.classes_h * plan.classes_w *
                          p.groups;
-  tensor_core_kernel<T><<<static_cast<unsigned>(blocks), THREADS, shared_bytes, stream>>>(
+  tensor_core_kernel<T, LAST><<<static_cast<unsigned>(blocks), THREADS, shared_bytes, stream>>>(
       input, weight, bias, output, static_cast<const uint4*>(packed), p, rows, columns, plan);
   return cudaGetLastError();
 }
 
 }  // namespace tensor
 
-// How much memory the packed weights take, in bytes; -1 if the kernel is not for the problem.
-extern "C" int64_t tensor_core_packed_bytes(ConvTransposeProblem p) {
-  return tensor::packed_bytes<float>(p);
-}
-extern "C" int64_t tensor_core_float16_packed_bytes(ConvTransposeProblem p) {
-  return tensor::packed_bytes<__half>(p);
-}
-extern "C" int64_t tensor_core_bfloat16_packed_bytes(ConvTransposeProblem p) {
-  return tensor::packed_bytes<__nv_bfloat16>(p);
-}
+// For each type and memory format: how much memory the packed weights take, in bytes (-1 if the
+// kernel is not for the problem), and the launcher.
+#define LAUNCHER(NAME, T, LAST)                                                            \
+  extern "C" int64_t NAME##_packed_bytes(ConvTransposeProblem p) {                         \
+    return tensor::packed_bytes<T>(p);                                                     \
+  }                                                                                        \
+  extern "C" cudaError_t NAME(const T* input, const T* weight, const T* bias, T* output,   \
+                              void* packed, ConvTransposeProblem p, cudaStream_t stream) { \
+    return tensor::launch<T, LAST>(input, weight, bias, output, packed, p, stream);        \
+  }
 
-extern "C" cudaError_t tensor_core(const float* input, const float* weight, const float* bias,
-                                   float* output, void* packed, ConvTransposeProblem p,
-                                   cudaStream_t stream) {
-  return tensor::launch(input, weight, bias, output, packed, p, stream);
-}
-extern "C" cudaError_t tensor_core_float16(const __half* input, const __half* weight,
-                                           const __half* bias, __half* output, void* packed,
-                                           ConvTransposeProblem p, cudaStream_t stream) {
-  return tensor::launch(input, weight, bias, output, packed, p, stream);
-}
-extern "C" cudaError_t tensor_core_bfloat16(const __nv_bfloat16* input, const __nv_bfloat16* weight,
-                                            const __nv_bfloat16* bias, __nv_bfloat16* output,
-                                            void* packed, ConvTransposeProblem p,
-                                            cudaStream_t stream) {
-  return tensor::launch(input, weight, bias, output, packed, p, stream);
-}
+LAUNCHER(tensor_core, float, false)
+LAUNCHER(tensor_core_channels_last, float, true)
+LAUNCHER(tensor_core_float16, __half, false)
+LAUNCHER(tensor_core_float16_channels_last, __half, true)
+LAUNCHER(tensor_core_bfloat16, __nv_bfloat16, false)
+LAUNCHER(tensor_core_bfloat16_channels_last, __nv_bfloat16, true)

@@ -111,12 +111,14 @@ __device__ __forceinline__ Corner take_tile(unsigned& digits, const Tile& tile) 
   return {take_digit(digits, tile.tiles_n) * tile.images, h << tile.shift_h, w << tile.shift_w};
 }
 
-// Notes where each of a tile's inputs lies, from the first image's plane on, or -1 for zeros. Of an
-// axis it sees every step-th input, from `first` on.
+// Notes where each of a tile's inputs lies, or -1 for zeros: in values from the first image on, or
+// in pixels if channels come last. Of an axis it sees every step-th input, from `first` on.
+template <bool LAST>
 __device__ __forceinline__ void find_inputs(int* places, const Tile& tile, const Corner& corner,
                                             const ConvTransposeProblem& p, int step_h, int step_w,
                                             int first_h, int first_w) {
-  const int image_size = p.in_channels * p.height * p.width;  // that fits, if there are several
+  // That fits, if there are several images.
+  const int image_size = (LAST ? 1 : p.in_channels) * p.height * p.width;
   for (int i = threadIdx.x; i < tile.inputs(); i += THREADS) {
     const int column = i % tile.pitch, row = i / tile.pitch % tile.rows;
     const int n = i / tile.pitch / tile.rows;
@@ -128,26 +130,67 @@ __device__ __forceinline__ void find_inputs(int* places, const Tile& tile, const
   }
 }
 
+// Where inputs come from: the first channel of a group in a tile's first image, and how far it is
+// to the next channel and to the next pixel. If channels come last, `is_aligned` says whether 16
+// bytes of them can be read at once.
+template <class T, bool LAST>
+struct Source {
+  const T* planes;
+  int64_t channel_step;
+  int pixel_step;
+  bool is_aligned;
+
+  __device__ __forceinline__ Source(const T* input, const ConvTransposeProblem& p, int n, int group,
+                                    bool aligned)
+      : channel_step(LAST ? 1 : static_cast<int64_t>(p.height) * p.width),
+        pixel_step(LAST ? p.in_channels : 1),
+        is_aligned(aligned) {
+    const int64_t image_size = static_cast<int64_t>(p.in_channels) * p.height * p.width;
+    planes = input + n * image_size + group * (p.in_channels / p.groups) * channel_step;
+  }
+
+  __device__ __forceinline__ const T* at(int channel, int place) const {
+    return planes + channel * channel_step + static_cast<int64_t>(place) * pixel_step;
+  }
+};
+
+// Whether a launch may say that a source is aligned.
+template <class T>
+bool is_aligned_last(const T* input, const ConvTransposeProblem& p) {
+  constexpr int VECTOR = 16 / sizeof(T);
+  return p.in_channels % VECTOR == 0 && p.in_channels / p.groups % VECTOR == 0 &&
+         reinterpret_cast<uintptr_t>(input) % 16 == 0;
+}
+
 // Inputs of a chunk: a thread has COPIED_CI channels of every 64th input, all along. Float32 it
-// copies asynchronously, a chunk ahead, to places of its own, [round, channel, thread]: it need
-// wait for nobody. Inputs that do not exist stay as they are.
-__device__ __forceinline__ void copy_ahead(float* staged, const float* __restrict__ planes,
-                                           const int* places, int inputs, int channels,
-                                           int64_t plane_size) {
-  staged += threadIdx.x;
+// copies asynchronously, a chunk ahead, to places of its own: it need wait for nobody. They are
+// [round, channel, thread], or [round, thread, channel] if channels come last. Inputs that do not
+// exist stay as they are.
+template <bool LAST>
+constexpr int STAGED_CHANNEL = LAST ? 1 : THREADS;  // from one channel to the next
+template <bool LAST>
+constexpr int STAGED_THREAD = LAST ? COPIED_CI : 1;
+
+template <bool LAST>
+__device__ __forceinline__ void copy_ahead(float* staged, const Source<float, LAST>& source,
+                                           const int* places, int inputs, int channels) {
+  staged += threadIdx.x * STAGED_THREAD<LAST>;
   for (int i = threadIdx.x; i < inputs * (CHUNK_CI / COPIED_CI); i += THREADS) {
     const int half = i >= inputs, place = places[i - half * inputs];
-    const float* x = planes + half * COPIED_CI * plane_size + place;
+    const float* x = source.at(half * COPIED_CI, place);
     const int count = place < 0 ? 0 : channels - half * COPIED_CI;
-    if (count >= COPIED_CI) {
+    if (LAST && count >= COPIED_CI && source.is_aligned) {
 #pragma unroll
-      for (int c = 0; c < COPIED_CI; ++c, x += plane_size) {
-        __pipeline_memcpy_async(staged + c * THREADS, x, sizeof(float));
+      for (int c = 0; c < COPIED_CI; c += 4) __pipeline_memcpy_async(staged + c, x + c, 16);
+    } else if (count >= COPIED_CI) {
+#pragma unroll
+      for (int c = 0; c < COPIED_CI; ++c, x += source.channel_step) {
+        __pipeline_memcpy_async(staged + c * STAGED_CHANNEL<LAST>, x, sizeof(float));
       }
     } else {
 #pragma unroll 1
-      for (int c = 0; c < count; ++c, x += plane_size) {
-        __pipeline_memcpy_async(staged + c * THREADS, x, sizeof(float));
+      for (int c = 0; c < count; ++c, x += source.channel_step) {
+        __pipeline_memcpy_async(staged + c * STAGED_CHANNEL<LAST>, x, sizeof(float));
       }
     }
     staged += COPIED_CI * THREADS;
@@ -157,39 +200,61 @@ __device__ __forceinline__ void copy_ahead(float* staged, const float* __restric
 // What they are at first. Channels that a group does not have keep the values of the chunk before,
 // and are multiplied by weights of zero.
 __device__ __forceinline__ void clear_staged(float* staged, int inputs) {
-  staged += threadIdx.x;
-  for (int i = threadIdx.x; i < inputs * (CHUNK_CI / COPIED_CI); i += THREADS) {
+  constexpr int ROUND = COPIED_CI * THREADS;
+  const int rounds = (inputs * (CHUNK_CI / COPIED_CI) + THREADS - 1) / THREADS;
+  for (int i = threadIdx.x; i < rounds * ROUND; i += THREADS) staged[i] = 0.0f;
+}
+
+// 16 bytes of values.
+template <class T>
+struct alignas(16) Vector {
+  T values[16 / sizeof(T)];
+};
+
+// Reads COPIED_CI channels of one input; those that do not exist are zeros.
+template <class T, bool LAST>
+__device__ __forceinline__ void load_channels(T (&values)[COPIED_CI], const Source<T, LAST>& source,
+                                              int first, int place, int channels) {
+  constexpr int VECTOR = 16 / sizeof(T);
+  const T* const x = source.at(first, place);
+  if (LAST && source.is_aligned && place >= 0 && first + COPIED_CI <= channels) {
 #pragma unroll
-    for (int c = 0; c < COPIED_CI; ++c) staged[c * THREADS] = 0.0f;
-    staged += COPIED_CI * THREADS;
+    for (int c = 0; c < COPIED_CI; c += VECTOR) {
+      const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(x + c);
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) values[c + i] = vector.values[i];
+    }
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < COPIED_CI; ++c) {
+    values[c] = zero<T>();
+    if (place >= 0 && first + c < channels) values[c] = x[c * source.channel_step];
   }
 }
 
 // Brings them where all threads find them, split, as [input, part, channel]. Other types than
 // float32 are not staged.
-template <class T, int BYTES>
+template <class T, int BYTES, bool LAST>
 __device__ __forceinline__ void split_chunk(char* tile, const T* staged,
-                                            const T* __restrict__ planes, const int* places,
-                                            int inputs, int channels, int64_t plane_size) {
+                                            const Source<T, LAST>& source, const int* places,
+                                            int inputs, int channels) {
   constexpr int PARTS = Split<T>::PARTS;
-  staged += threadIdx.x;
+  staged += threadIdx.x * STAGED_THREAD<LAST>;
 #pragma unroll(Split<T>::IS_STAGED ? 1 : 2)
   for (int i = threadIdx.x; i < inputs * (CHUNK_CI / COPIED_CI); i += THREADS) {
     const int half = i >= inputs, number = i - half * inputs;
     T values[COPIED_CI];
-    if constexpr (Split<T>::IS_STAGED) {
+    if constexpr (!Split<T>::IS_STAGED) {
+      load_channels(values, source, half * COPIED_CI, places[number], channels);
+    } else if constexpr (LAST) {
+#pragma unroll
+      for (int c = 0; c < COPIED_CI; c += 4) load_vector(values + c, staged + c);
+    } else {
 #pragma unroll
       for (int c = 0; c < COPIED_CI; ++c) values[c] = staged[c * THREADS];
-      staged += COPIED_CI * THREADS;
-    } else {
-      const int place = places[number];
-      const T* const x = planes + half * COPIED_CI * plane_size + place;
-#pragma unroll
-      for (int c = 0; c < COPIED_CI; ++c) {
-        values[c] = zero<T>();
-        if (place >= 0 && half * COPIED_CI + c < channels) values[c] = x[c * plane_size];
-      }
     }
+    staged += COPIED_CI * THREADS;
     uint32_t parts[COPIED_CI / 2][PARTS];
 #pragma unroll
     for (int c = 0; c < COPIED_CI; c += 2) split_pair(values[c], values[c + 1], parts[c / 2]);
@@ -217,14 +282,13 @@ struct Shared {
 
 // Brings all chunks of a group's `channels` into shared memory, one after the other, and calls
 // `multiply` for each; `count` are the tile's inputs, whose places were found just now.
-template <class T, int BYTES, class Multiply>
+template <class T, int BYTES, bool LAST, class Multiply>
 __device__ __forceinline__ void for_each_chunk(const Shared<T, BYTES>& shared,
-                                               const T* __restrict__ planes, int count,
-                                               int channels, int64_t plane_size,
+                                               Source<T, LAST> source, int count, int channels,
                                                const Multiply& multiply) {
   const auto copy_next = [&] {
     if constexpr (Split<T>::IS_STAGED) {
-      copy_ahead(shared.staged, planes, shared.places, count, channels, plane_size);
+      copy_ahead(shared.staged, source, shared.places, count, channels);
       __pipeline_commit();
     }
   };
@@ -234,14 +298,22 @@ __device__ __forceinline__ void for_each_chunk(const Shared<T, BYTES>& shared,
   while (channels > 0) {
     __pipeline_wait_prior(0);
     __syncthreads();  // nobody uses the inputs of the chunk before any more
-    split_chunk<T, BYTES>(shared.inputs, shared.staged, planes, shared.places, count, channels,
-                          plane_size);
-    planes += CHUNK_CI * plane_size;
+    split_chunk<T, BYTES>(shared.inputs, shared.staged, source, shared.places, count, channels);
+    source.planes += CHUNK_CI * source.channel_step;
     channels -= CHUNK_CI;
     if (channels > 0) copy_next();
     __syncthreads();
     multiply(channels > 0);
   }
+}
+
+// Where an output lies, from the first on.
+template <bool LAST>
+__device__ __forceinline__ int64_t place_of_output(const ConvTransposeProblem& p, int n,
+                                                   int channel, int oh, int ow) {
+  const int64_t first = LAST ? n : static_cast<int64_t>(n) * p.out_channels + channel;
+  const int64_t pixel = (first * p.out_height + oh) * p.out_width + ow;
+  return LAST ? pixel * p.out_channels + channel : pixel;
 }
 
 // Whether two neighbours in a row of outputs can be written at once, if the first has an even
@@ -272,23 +344,23 @@ __device__ __forceinline__ void store_pair(T* to, float first, float second, int
 // Sums an output again, tap by tap, if it is not finite: an infinity, or a value too large for
 // bfloat16, has parts that are NaN; zeros in place of inputs or taps make NaN with what is
 // infinite.
-template <class T>
+template <bool LAST, class T>
 __device__ __forceinline__ void sum_again(T* __restrict__ output, const T* __restrict__ input,
                                           const T* __restrict__ weight, const T* __restrict__ bias,
                                           const ConvTransposeProblem& p, const Axis& rows,
                                           const Axis& columns, int n, int channel, int oh, int ow) {
-  const int64_t plane = static_cast<int64_t>(n) * p.out_channels + channel;
-  T& y = output[(plane * p.out_height + oh) * p.out_width + ow];
+  T& y = output[place_of_output<LAST>(p, n, channel, oh, ow)];
   if (fabsf(to_float(y)) <= FLT_MAX) return;
   const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
-  const int first_ci = channel / group_out * group_in;
-  const T* const planes = input + (static_cast<int64_t>(n) * p.in_channels + first_ci) *
-                                      (static_cast<int64_t>(p.height) * p.width);
+  const int group = channel / group_out;
+  const Source<T, LAST> source(input, p, n, group, false);
   const T* const filters =
-      weight + (static_cast<int64_t>(first_ci) * group_out + channel % group_out) *
+      weight + (static_cast<int64_t>(group) * group_in * group_out + channel % group_out) *
                    (static_cast<int64_t>(p.kernel_h) * p.kernel_w);
   const float shift = bias == nullptr ? -0.0f : to_float(bias[channel]);
-  set_rounded(y, sum_of_taps(planes, filters, p, rows, columns, oh, ow) + shift);
+  set_rounded(y, sum_of_taps(source.planes, filters, p, rows, columns, oh, ow, source.channel_step,
+                             source.pixel_step) +
+                     shift);
 }
 
 // How far an axis's outputs reach: so many there are, a tile's inputs begin `lead` before them, and

@@ -30,6 +30,7 @@ struct Plan {
   int columns;                                   // stride_h * stride_w * a group's output channels
   int parts_n;                                   // blocks that have the same cells
   int chunks;                                    // of a group's input channels
+  bool is_aligned;                               // see Source
 };
 
 // Lanes' shares of a group's weights: [part, chunk, e_h, e_w, tile, lane]. Packed are they with the
@@ -168,7 +169,7 @@ __device__ __forceinline__ void add_distance(float (&sum)[TILES_M][TILES_N][4],
   }
 }
 
-template <class T, int TILES_N>
+template <class T, int TILES_N, bool LAST>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     tensor_core_narrow_kernel(const T* __restrict__ input, const T* __restrict__ weight,
                               const T* __restrict__ bias, T* __restrict__ output,
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const Corner corner = take_tile(digits, plan.tile);
   const int part_n = take_digit(digits, plan.parts_n), group = digits;
   const Shared<T, STRIDE_BYTES<T>> shared(memory, plan.tile);
-  find_inputs(shared.places, plan.tile, corner, p, 1, 1, 0, 0);
+  find_inputs<LAST>(shared.places, plan.tile, corner, p, 1, 1, 0, 0);
 
   // Where the lane's inputs lie at distance 0.
   int places[TILES_M][2];
@@ -202,10 +203,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   load_weights<PARTS, TILES_N>(b, packed + b_next);
 
   float sum[TILES_M][TILES_N][4] = {};
-  const int64_t plane_size = static_cast<int64_t>(p.height) * p.width;
-  const T* const planes =
-      input + (static_cast<int64_t>(corner.n) * p.in_channels + group * group_in) * plane_size;
-  for_each_chunk(shared, planes, plan.tile.inputs(), group_in, plane_size, [&](bool has_next) {
+  const Source<T, LAST> source(input, p, corner.n, group, plan.is_aligned);
+  for_each_chunk(shared, source, plan.tile.inputs(), group_in, [&](bool has_next) {
     int number_h = 0, number_w = 0;
 #pragma unroll 1
     for (int i = 0; i < distances; ++i) {
@@ -222,7 +221,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     }
   });
 
-  const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
   // Calls visit(n, oh, ow) for one of the lane's cells, if it exists, with its first output.
   const auto visit_cell = [&](int m, int half, const auto& visit) {
     const int cell = warp * WARP_CELLS + m * 16 + half * 8 + g;
@@ -231,7 +229,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const int ow = (corner.w + plan.tile.column_of(cell)) * p.stride_w;
     if (n < p.batch && oh < p.out_height && ow < p.out_width) visit(n, oh, ow);
   };
-  const bool has_pairs = p.stride_w % 2 == 0 && is_paired<T>(output, p.out_width);
+  const bool has_pairs = !LAST && p.stride_w % 2 == 0 && is_paired<T>(output, p.out_width);
   bool is_not_finite = false;
 #pragma unroll
   for (int j = 0; j < TILES_N; ++j) {
@@ -243,28 +241,25 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const float shift = bias == nullptr ? -0.0f : to_float(bias[group * group_out + first.co]);
     const float second_shift =
         bias == nullptr || !has_both ? -0.0f : to_float(bias[group * group_out + second.co]);
-    const int64_t first_plane = (group * group_out + first.co) * out_plane;
-    const int64_t second_plane = (group * group_out + second.co) * out_plane;
 #pragma unroll
     for (int i = 0; i < 2 * TILES_M; ++i) {
       const float a = sum[i / 2][j][i % 2 * 2], b = sum[i / 2][j][i % 2 * 2 + 1];
       is_not_finite |= !(fabsf(a) <= FLT_MAX && fabsf(b) <= FLT_MAX);
       visit_cell(i / 2, i % 2, [&](int n, int oh, int ow) {
-        T* const image = output + n * (p.out_channels * out_plane);
         const auto place_of = [&](const Column& column) {
-          return static_cast<int64_t>(oh + column.phase_h) * p.out_width + ow + column.phase_w;
+          return output + place_of_output<LAST>(p, n, group * group_out + column.co,
+                                                oh + column.phase_h, ow + column.phase_w);
         };
         const auto exists = [&](const Column& column) {
           return oh + column.phase_h < p.out_height && ow + column.phase_w < p.out_width;
         };
         if (exists(first) && has_pairs) {
-          store_pair(image + first_plane + place_of(first), a + shift, b + second_shift, 1, true,
-                     true);
+          store_pair(place_of(first), a + shift, b + second_shift, 1, true, true);
         }
         if (has_pairs) return;
-        if (exists(first)) set_rounded(image[first_plane + place_of(first)], a + shift);
+        if (exists(first)) set_rounded(*place_of(first), a + shift);
         if (has_both && exists(second)) {
-          set_rounded(image[second_plane + place_of(second)], b + second_shift);
+          set_rounded(*place_of(second), b + second_shift);
         }
       });
     }
@@ -279,7 +274,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int oh = first_oh + column.phase_h, ow = first_ow + column.phase_w;
       if (oh >= p.out_height || ow >= p.out_width) return;
       const int channel = group * group_out + column.co;
-      sum_again(output, input, weight, bias, p, rows, columns, n, channel, oh, ow);
+      sum_again<LAST>(output, input, weight, bias, p, rows, columns, n, channel, oh, ow);
     });
   }
 }
@@ -347,7 +342,7 @@ int64_t packed_bytes(const ConvTransposeProblem& p) {
          static_cast<int64_t>(sizeof(uint2));
 }
 
-template <class T, int TILES_N>
+template <class T, int TILES_N, bool LAST>
 cudaError_t launch_tiles(const T* input, const T* weight, const T* bias, T* output, void* packed,
                          const ConvTransposeProblem& p, const Axis& rows, const Axis& columns,
                          const Plan& plan, std::size_t shared_bytes, cudaStream_t stream) {
@@ -358,7 +353,7 @@ cudaError_t launch_tiles(const T* input, const T* weight, const T* bias, T* outp
                                                                p, rows, columns, plan);
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  const auto kernel = tensor_core_narrow_kernel<T, TILES_N>;
+  const auto kernel = tensor_core_narrow_kernel<T, TILES_N, LAST>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
@@ -369,45 +364,35 @@ cudaError_t launch_tiles(const T* input, const T* weight, const T* bias, T* outp
   return cudaGetLastError();
 }
 
-template <class T>
+template <class T, bool LAST>
 cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, void* packed,
                    const ConvTransposeProblem& p, cudaStream_t stream) {
   const Axis rows = rows_of(p), columns = columns_of(p);
   Plan plan = {};
   const std::size_t shared_bytes = make_plan<T>(p, rows, columns, plan);
   if (shared_bytes == 0) return cudaErrorInvalidValue;
-  const auto launch_it = tiles_of(p) == 1 ? launch_tiles<T, 1> : launch_tiles<T, 2>;
+  plan.is_aligned = LAST && is_aligned_last(input, p);
+  const auto launch_it = tiles_of(p) == 1 ? launch_tiles<T, 1, LAST> : launch_tiles<T, 2, LAST>;
   return launch_it(input, weight, bias, output, packed, p, rows, columns, plan, shared_bytes,
                    stream);
 }
 
 }  // namespace tensor
 
-// How much memory the packed weights take, in bytes; -1 if the kernel is not for the problem.
-extern "C" int64_t tensor_core_narrow_packed_bytes(ConvTransposeProblem p) {
-  return tensor::packed_bytes<float>(p);
-}
-extern "C" int64_t tensor_core_narrow_float16_packed_bytes(ConvTransposeProblem p) {
-  return tensor::packed_bytes<__half>(p);
-}
-extern "C" int64_t tensor_core_narrow_bfloat16_packed_bytes(ConvTransposeProblem p) {
-  return tensor::packed_bytes<__nv_bfloat16>(p);
-}
+// For each type and memory format: how much memory the packed weights take, in bytes (-1 if the
+// kernel is not for the problem), and the launcher.
+#define LAUNCHER(NAME, T, LAST)                                                            \
+  extern "C" int64_t NAME##_packed_bytes(ConvTransposeProblem p) {                         \
+    return tensor::packed_bytes<T>(p);                                                     \
+  }                                                                                        \
+  extern "C" cudaError_t NAME(const T* input, const T* weight, const T* bias, T* output,   \
+                              void* packed, ConvTransposeProblem p, cudaStream_t stream) { \
+    return tensor::launch<T, LAST>(input, weight, bias, output, packed, p, stream);        \
+  }
 
-extern "C" cudaError_t tensor_core_narrow(const float* input, const float* weight,
-                                          const float* bias, float* output, void* packed,
-                                          ConvTransposeProblem p, cudaStream_t stream) {
-  return tensor::launch(input, weight, bias, output, packed, p, stream);
-}
-extern "C" cudaError_t tensor_core_narrow_float16(const __half* input, const __half* weight,
-                                                  const __half* bias, __half* output, void* packed,
-                                                  ConvTransposeProblem p, cudaStream_t stream) {
-  return tensor::launch(input, weight, bias, output, packed, p, stream);
-}
-extern "C" cudaError_t tensor_core_narrow_bfloat16(const __nv_bfloat16* input,
-                                                   const __nv_bfloat16* weight,
-                                                   const __nv_bfloat16* bias, __nv_bfloat16* output,
-                                                   void* packed, ConvTransposeProblem p,
-                                                   cudaStream_t stream) {
-  return tensor::launch(input, weight, bias, output, packed, p, stream);
-}
+LAUNCHER(tensor_core_narrow, float, false)
+LAUNCHER(tensor_core_narrow_channels_last, float, true)
+LAUNCHER(tensor_core_narrow_float16, __half, false)
+LAUNCHER(tensor_core_narrow_float16_channels_last, __half, true)
+LAUNCHER(tensor_core_narrow_bfloat16, __nv_bfloat16, false)
+LAUNCHER(tensor_core_narrow_bfloat16_channels_last, __nv_bfloat16, true)

@@ -319,6 +319,22 @@ KERNELS = (
         "test_kernels.py::test_there_are_no_hazards[torch.float32-one_channel]",
     ),
     mutant(
+        "smallest-products-left-out",
+        "float32 is multiplied as two bfloat16 parts, not three",
+        "kernels/tensor_core_narrow.cu",
+        "for (int i = 0; i < Split<T>::PRODUCTS; ++i) {",
+        "for (int i = PARTS == 1 ? 0 : 3; i < Split<T>::PRODUCTS; ++i) {",
+        "test_kernels.py::TestValues::test_float64_agrees[cpu-tensor_core_narrow]",
+    ),
+    mutant(
+        "inputs-not-cleared",
+        "channels that a group does not have are whatever was in shared memory",
+        "kernels/tensor_core.cuh",
+        "staged[i] = 0.0f;",
+        "staged[i] = staged[i];",
+        "test_kernels.py::test_there_are_no_hazards[torch.float32-tensor_core_narrow]",
+    ),
+    mutant(
         "a-launcher-that-refuses-nothing",
         "a launcher starts its kernel for problems that the kernel does not cover",
         "kernels/one_channel.cu",
