@@ -204,6 +204,22 @@ def test_values_that_are_not_finite_stay_in_their_windows(kernel, value, dtype, 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("exponent", [-105, -115, -125, -135, -145])
+def test_values_near_the_smallest_keep_their_digits(kernel, where, exponent, device):
+    """Parts of a number may be too small where the number itself is not."""
+    problem = lab.Problem(2, 20, 3, 5, 6, kernel_size=3, stride=2, padding=1)
+    if not kernels[kernel].supports(problem):
+        problem = dataclasses.replace(problem, out_channels=20, groups=20)
+    x, weight, bias = data_of(problem)
+    small, large = (x, weight) if where == "x" else (weight, x)
+    small *= 2.0**exponent
+    large *= 2.0**60
+    y = run(kernel, x, weight, bias, device, **problem.arguments)
+    assert condition_error(y, x, weight, bias, **problem.arguments) <= FLOAT32_GATE
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_there_are_no_hazards(kernel, dtype):
     for channels_last in formats(kernel):

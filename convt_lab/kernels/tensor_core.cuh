@@ -59,7 +59,9 @@ __device__ __forceinline__ constexpr int part_of_input(int product) {
 template <class T>
 constexpr int INPUT_BYTES = Split<T>::PARTS * CHUNK_CI * 2;
 
-// Splits two neighbours.
+// Splits two neighbours. Three times 8 bits are all that a float32 has, unless it is so small
+// (below 2^-110) that its last part would lie below bfloat16's numbers. What is not the sum of its
+// parts becomes NaN, so that outputs it is in are summed again, by the definition.
 template <class T>
 __device__ __forceinline__ void split_pair(T first, T second, uint32_t (&parts)[Split<T>::PARTS]) {
   if constexpr (Split<T>::PARTS == 1) {
@@ -71,6 +73,7 @@ __device__ __forceinline__ void split_pair(T first, T second, uint32_t (&parts)[
       first -= __uint_as_float(parts[i] << 16);
       second -= __uint_as_float(parts[i] & 0xFFFF0000u);
     }
+    if (fabsf(first) + fabsf(second) > 0.0f) parts[0] = 0x7FFF7FFFu;
   }
 }
 
@@ -341,9 +344,9 @@ __device__ __forceinline__ void store_pair(T* to, float first, float second, int
   }
 }
 
-// Sums an output again, tap by tap, if it is not finite: an infinity, or a value too large for
-// bfloat16, has parts that are NaN; zeros in place of inputs or taps make NaN with what is
-// infinite.
+// Sums an output again, tap by tap, if it is not finite: an infinity, a value too large for
+// bfloat16 or one too small has parts that are NaN; zeros in place of inputs or taps make NaN with
+// what is infinite.
 template <bool LAST, class T>
 __device__ __forceinline__ void sum_again(T* __restrict__ output, const T* __restrict__ input,
                                           const T* __restrict__ weight, const T* __restrict__ bias,

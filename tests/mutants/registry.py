@@ -335,6 +335,17 @@ KERNELS = (
         "test_kernels.py::test_there_are_no_hazards[torch.float32-tensor_core_narrow]",
     ),
     mutant(
+        "smallest-numbers-lose-digits",
+        "numbers whose last part bfloat16 does not have are multiplied without it",
+        "kernels/tensor_core.cuh",
+        "    if (fabsf(first) + fabsf(second) > 0.0f) parts[0] = 0x7FFF7FFFu;\n",
+        "",
+        "test_kernels.py::test_values_near_the_smallest_keep_their_digits"
+        "[cpu--115-x-tensor_core_narrow]",
+        "test_kernels.py::test_values_near_the_smallest_keep_their_digits"
+        "[cpu--115-weight-tensor_core_narrow]",
+    ),
+    mutant(
         "a-launcher-that-refuses-nothing",
         "a launcher starts its kernel for problems that the kernel does not cover",
         "kernels/one_channel.cu",
