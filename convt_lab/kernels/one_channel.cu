@@ -21,7 +21,7 @@ constexpr int AHEAD = 2;  // rows of inputs
 constexpr int THREADS = 256;
 
 template <class T, int KH, int KW>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, KH* KW > 40 ? 1 : 2)
     depthwise_kernel(const T* __restrict__ input, const T* __restrict__ weight,
                      const T* __restrict__ bias, T* __restrict__ output, ConvTransposeProblem p,
                      int strips, int bands) {

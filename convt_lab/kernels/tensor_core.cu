@@ -63,15 +63,16 @@ __global__ void __launch_bounds__(THREADS)
   const int group = digits;
   const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
   const int filter_size = p.kernel_h * p.kernel_w;
+  const int taps = along_h.taps * along_w.taps;
   const int lane = threadIdx.x % 32, tile = threadIdx.x / 32 % TILES_M;
   const int first_co = part_co * WARP_CO + tile * 16 + lane / 4;
   for (unsigned share = block * PACKED_AT_ONCE * THREADS + threadIdx.x,
                 last = share + PACKED_AT_ONCE * THREADS;
        share < min(static_cast<int64_t>(last), shares_of(plan)); share += THREADS) {
     unsigned place = share / (32 * TILES_M);
-    const unsigned to = first + place;
     const int tap = take_digit(place, plan.max_taps);
-    if (tap >= along_h.taps * along_w.taps) continue;
+    if (tap >= taps) continue;
+    const unsigned to = first + place * taps + tap;
     const int kh = along_h.k + tap / along_w.taps * rows.k_step;
     const int kw = along_w.k + tap % along_w.taps * columns.k_step;
     const int first_ci = place * CHUNK_CI + lane % 4 * 4;
@@ -234,28 +235,27 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     // As an offset: in 16 bytes, 32 bits are enough for any weights.
     const unsigned first =
         (share.group * plan.phases_h + max(share.phase_h, 0)) * plan.phases_w + share.phase_w;
-    unsigned a_of_chunk =
+    unsigned a_of_tap =
         (first * plan.count_co + share.part_co) * plan.chunks * plan.max_taps * OF_TAP + lane;
     Weights<PARTS> a;
-    load_weights<PARTS>(a, packed + a_of_chunk);
+    load_weights<PARTS>(a, packed + a_of_tap);
 
     const Source<T, LAST> source(input, p, share.corner.n, share.group, plan.is_aligned);
     for_each_chunk(shared, source, plan.tile.inputs(), group_in, [&](bool has_next) {
       const char* x = shared.inputs;
-      int left = along_w.taps;  // of the row of taps
+      int in_row = along_w.taps;  // taps that are left of a row of taps
       const int next_row = (plan.tile.pitch - along_w.taps) * INPUT_BYTES<T>;
-      unsigned a_of_tap = a_of_chunk;
-      if (has_next) a_of_chunk += plan.max_taps * OF_TAP;
 #pragma unroll 1
-      for (int tap = 0; tap < taps; ++tap) {
+      for (int left = taps; left > 0; --left) {
+        // While a tap is multiplied, the next one's weights are on their way.
         Weights<PARTS> next;
-        a_of_tap = tap + 1 < taps ? a_of_tap + OF_TAP : a_of_chunk;
-        load_weights<PARTS>(next, packed + a_of_tap);
+        a_of_tap += OF_TAP;
+        if (left > 1 || has_next) load_weights<PARTS>(next, packed + a_of_tap);
         add_tap<T>(sum, a, x, places);
         memcpy(a, next, sizeof a);
         x -= INPUT_BYTES<T>;
-        if (--left == 0) {
-          left = along_w.taps;
+        if (--in_row == 0) {
+          in_row = along_w.taps;
           x -= next_row;
         }
       }
