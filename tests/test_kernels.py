@@ -78,6 +78,7 @@ MORE = [
     lab.Problem(1, 2, 3, 5, 6, kernel_size=(3, 2), dilation=(15, 31)),
     lab.Problem(1, 5, 8, 3, 3, kernel_size=(8, 32), bias=True),
     lab.Problem(1, 2, 9, 70, 70, kernel_size=1),
+    lab.Problem(1, 2, 2, 3, 66_003, kernel_size=3, padding=(1, 33_000)),
     lab.Problem(1, 90, 1, 2, 3, kernel_size=9, stride=2, padding=4, bias=True),
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "storage.cuh"
 

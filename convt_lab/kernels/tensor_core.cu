@@ -38,7 +38,8 @@ struct Plan {
 };
 
 // Lanes' shares of the weights of one phase and 32 output channels, [chunk, tap, tile, lane]. They
-// are packed as [group, phase_h, phase_w, co / 32, chunk, tap, part, tile, lane], 16 bytes each.
+// are packed as [group, phase_h, phase_w, co / 32, chunk, tap, part, tile, lane], 16 bytes each,
+// the taps that a phase has without gaps.
 __host__ __device__ __forceinline__ int64_t shares_of(const Plan& plan) {
   return static_cast<int64_t>(plan.chunks) * plan.max_taps * (TILES_M * 32);
 }
@@ -436,17 +437,6 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
 }
 
 }  // namespace tensor
-
-// For each type and memory format: how much memory the packed weights take, in bytes (-1 if the
-// kernel is not for the problem), and the launcher.
-#define LAUNCHER(NAME, T, LAST)                                                            \
-  extern "C" int64_t NAME##_packed_bytes(ConvTransposeProblem p) {                         \
-    return tensor::packed_bytes<T>(p);                                                     \
-  }                                                                                        \
-  extern "C" cudaError_t NAME(const T* input, const T* weight, const T* bias, T* output,   \
-                              void* packed, ConvTransposeProblem p, cudaStream_t stream) { \
-    return tensor::launch<T, LAST>(input, weight, bias, output, packed, p, stream);        \
-  }
 
 LAUNCHER(tensor_core, float, false)
 LAUNCHER(tensor_core_channels_last, float, true)

@@ -419,3 +419,14 @@ std::size_t choose_tile(const ConvTransposeProblem& p, const Reach& along_h, con
 }
 
 }  // namespace tensor
+
+// For each type and memory format: how much memory the packed weights take, in bytes (-1 if the
+// kernel is not for the problem), and the launcher.
+#define LAUNCHER(NAME, T, LAST)                                                            \
+  extern "C" int64_t NAME##_packed_bytes(ConvTransposeProblem p) {                         \
+    return tensor::packed_bytes<T>(p);                                                     \
+  }                                                                                        \
+  extern "C" cudaError_t NAME(const T* input, const T* weight, const T* bias, T* output,   \
+                              void* packed, ConvTransposeProblem p, cudaStream_t stream) { \
+    return tensor::launch<T, LAST>(input, weight, bias, output, packed, p, stream);        \
+  }

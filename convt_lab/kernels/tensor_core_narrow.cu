@@ -24,13 +24,13 @@ template <class T>
 constexpr int STRIDE_BYTES = INPUT_BYTES<T> + 16;
 
 struct Plan {
-  Tile tile;                                     // of cells
-  int distances_h, distances_w;                  // that have a tap,
-  short e_h[MAX_DISTANCES], e_w[MAX_DISTANCES];  // in descending order
-  int columns;                                   // stride_h * stride_w * a group's output channels
-  int parts_n;                                   // blocks that have the same cells
-  int chunks;                                    // of a group's input channels
-  bool is_aligned;                               // see Source
+  Tile tile;                                   // of cells
+  int distances_h, distances_w;                // that have a tap,
+  int e_h[MAX_DISTANCES], e_w[MAX_DISTANCES];  // in descending order
+  int columns;                                 // stride_h * stride_w * a group's output channels
+  int parts_n;                                 // blocks that have the same cells
+  int chunks;                                  // of a group's input channels
+  bool is_aligned;                             // see Source
 };
 
 // Lanes' shares of a group's weights: [part, chunk, e_h, e_w, tile, lane]. Packed are they with the
@@ -292,7 +292,7 @@ inline bool covers(const ConvTransposeProblem& p) {
 }
 
 // Finds the distances at which there is a tap, the largest first; returns their number.
-inline int find_distances(const Axis& axis, short* e) {
+inline int find_distances(const Axis& axis, int* e) {
   // e * stride = r + padding - k * dilation, for r below the stride and k below the kernel's size.
   int count = 0;
   for (int k = 0, last = INT32_MAX; k < axis.kernel; ++k) {
@@ -300,13 +300,13 @@ inline int find_distances(const Axis& axis, short* e) {
     const int shifted = axis.padding - k * axis.dilation;
     const int distance =
         shifted > 0 ? (shifted + axis.stride - 1) / axis.stride : shifted / axis.stride;
-    if (distance != last) e[count++] = static_cast<short>(distance);
+    if (distance != last) e[count++] = distance;
     last = distance;
   }
   return count;
 }
 
-inline Reach reach_of(const Axis& axis, const short* e, int count) {
+inline Reach reach_of(const Axis& axis, const int* e, int count) {
   const int lead = -e[count - 1];
   return {static_cast<int>(ceil_div(axis.out_size, axis.stride)), lead, e[0] + lead};
 }
@@ -378,17 +378,6 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
 }
 
 }  // namespace tensor
-
-// For each type and memory format: how much memory the packed weights take, in bytes (-1 if the
-// kernel is not for the problem), and the launcher.
-#define LAUNCHER(NAME, T, LAST)                                                            \
-  extern "C" int64_t NAME##_packed_bytes(ConvTransposeProblem p) {                         \
-    return tensor::packed_bytes<T>(p);                                                     \
-  }                                                                                        \
-  extern "C" cudaError_t NAME(const T* input, const T* weight, const T* bias, T* output,   \
-                              void* packed, ConvTransposeProblem p, cudaStream_t stream) { \
-    return tensor::launch<T, LAST>(input, weight, bias, output, packed, p, stream);        \
-  }
 
 LAUNCHER(tensor_core_narrow, float, false)
 LAUNCHER(tensor_core_narrow_channels_last, float, true)
