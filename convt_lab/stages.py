@@ -397,8 +397,8 @@ def _fits_cells(problem: Problem) -> bool:
     )
 
 
-def _fits_tensor_core(problem: Problem) -> bool:
-    """Say what ``covers`` of kernels/tensor_core.cu says."""
+def _fits_tensor_core_split(problem: Problem) -> bool:
+    """Say what ``covers`` of kernels/tensor_core_split.cu says."""
     inputs = 1
     for axis in problem.axes:
         if axis.stride * axis.i_step > 16:
@@ -432,11 +432,11 @@ _OTHERS = (
         covers=_fits_cells,
     ),
     Kernel(
-        "tensor_core",
+        "tensor_core_split",
         "Tensor cores, with float32 as three bfloat16 parts.",
         dtypes=_STORED,
         takes_channels_last=True,
-        covers=_fits_tensor_core,
+        covers=_fits_tensor_core_split,
         packs_weights=True,
         min_capability=(8, 0),
     ),

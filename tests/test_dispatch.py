@@ -124,9 +124,12 @@ class TestWithoutAKernel:
         def found(capability):
             return dispatch.candidates(DENSE, torch.float32, False, capability)
 
-        assert "tensor_core" in found((8, 0))
-        assert "tensor_core" in found((9, 0))
-        assert set(found((7, 5))) == set(found((9, 0))) - {"tensor_core", "tensor_core_narrow"}
+        assert "tensor_core_split" in found((8, 0))
+        assert "tensor_core_split" in found((9, 0))
+        assert set(found((7, 5))) == set(found((9, 0))) - {
+            "tensor_core_split",
+            "tensor_core_narrow",
+        }
 
 
 class TestAutotuning:
@@ -472,7 +475,7 @@ class TestWithoutMeasurements:
         choice = self.choose()
         assert choice.kernel == "few_channels"
         assert "memory is the limit" in choice.reason
-        both = self.choose(ours=("tensor_core", "few_channels", "one_channel"))
+        both = self.choose(ours=("tensor_core_split", "few_channels", "one_channel"))
         assert both.kernel == "one_channel"
 
     @pytest.mark.parametrize(
@@ -483,7 +486,7 @@ class TestWithoutMeasurements:
             dict(form=("float32", False, True)),
             dict(form=("float16", False, False)),
             dict(ours=("register_blocked",)),
-            dict(ours=("tensor_core", "tensor_core_narrow")),
+            dict(ours=("tensor_core_split", "tensor_core_narrow")),
         ],
         ids=["dense", "arithmetic", "tf32", "half", "rungs", "tensor cores"],
     )

@@ -84,7 +84,7 @@ MORE = [
 
 
 #: On the simulator their blocks take long, few channels or many. On a GPU they get all problems.
-SLOW = [] if os.environ.get("CONVT_LAB_LONG") else ["tensor_core", "tensor_core_narrow"]
+SLOW = [] if os.environ.get("CONVT_LAB_LONG") else ["tensor_core_split", "tensor_core_narrow"]
 
 
 def cases(kernel, dtype=torch.float32, channels_last=False, step=1, device="cpu"):

@@ -1,16 +1,16 @@
-// No rung of the ladder: tensor cores (tensor_core.cuh) for few output channels.
+// No rung of the ladder: tensor cores (split_tile.cuh) for few output channels.
 //
-// tensor_core.cu makes output channels the rows of its products, 32 at a time, and leaves most of
-// them empty where there are three. Here pixels are the rows, and a column is one output channel in
-// one phase. As in cells.cuh, a cell is a stretch of `stride` outputs, o = stride * c + r with a
-// phase r for each; an output meets input i = c + e through the tap k where
-// k * dilation = r + padding - stride * e. So all columns read the same inputs for the same e, and
-// those that have no tap there multiply by zero.
+// tensor_core_split.cu makes output channels the rows of its products, 32 at a time, and leaves
+// most of them empty where there are three. Here pixels are the rows, and a column is one output
+// channel in one phase. As in cells.cuh, a cell is a stretch of `stride` outputs, o = stride * c +
+// r with a phase r for each; an output meets input i = c + e through the tap k where k * dilation =
+// r + padding - stride * e. So all columns read the same inputs for the same e, and those that have
+// no tap there multiply by zero.
 //
 // Cost: 64 cells times 8 columns, for one e along either axis and 16 input channels, are 24
 // instructions for 48 loads of 4 bytes a lane (inputs) and 3 of 8 (weights).
 
-#include "tensor_core.cuh"
+#include "split_tile.cuh"
 
 namespace tensor {
 

@@ -329,7 +329,7 @@ KERNELS = (
     mutant(
         "inputs-not-cleared",
         "channels that a group does not have are whatever was in shared memory",
-        "kernels/tensor_core.cuh",
+        "kernels/split_tile.cuh",
         "staged[i] = 0.0f;",
         "staged[i] = staged[i];",
         "test_kernels.py::test_there_are_no_hazards[torch.float32-tensor_core_narrow]",
@@ -337,7 +337,7 @@ KERNELS = (
     mutant(
         "smallest-numbers-lose-digits",
         "numbers whose last part bfloat16 does not have are multiplied without it",
-        "kernels/tensor_core.cuh",
+        "kernels/split_tile.cuh",
         "    if (fabsf(first) + fabsf(second) > 0.0f) parts[0] = 0x7FFF7FFFu;\n",
         "",
         "test_kernels.py::test_values_near_the_smallest_keep_their_digits"

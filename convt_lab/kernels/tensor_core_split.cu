@@ -1,4 +1,4 @@
-// No rung of the ladder yet: tensor cores, with the accuracy of float32 (tensor_core.cuh).
+// No rung of the ladder yet: tensor cores, with the accuracy of float32 (split_tile.cuh).
 //
 // A phase (phase.cuh) is a matrix product for each tap: output channels times input channels, by
 // input channels times pixels, which a tap shifts. A block of four warps computes a tile of pixels
@@ -10,7 +10,7 @@
 // additions. Fewer output channels leave rows empty: see tensor_core_narrow.cu.
 
 #include "phase.cuh"
-#include "tensor_core.cuh"
+#include "split_tile.cuh"
 
 namespace tensor {
 
@@ -51,9 +51,9 @@ inline int64_t owners_of(const ConvTransposeProblem& p, const Plan& plan) {
 // are the chunk's channels 4t to 4t + 3, so that a lane finds its inputs side by side.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    tensor_core_pack_kernel(const T* __restrict__ weight, uint4* __restrict__ packed,
-                            ConvTransposeProblem p, Axis rows, Axis columns, Plan plan,
-                            int blocks) {
+    tensor_core_split_pack_kernel(const T* __restrict__ weight, uint4* __restrict__ packed,
+                                  ConvTransposeProblem p, Axis rows, Axis columns, Plan plan,
+                                  int blocks) {
   constexpr int PARTS = Split<T>::PARTS;
   unsigned digits = blockIdx.x;
   const int block = take_digit(digits, blocks);
@@ -205,10 +205,10 @@ __device__ __forceinline__ Share find_share(unsigned block, const Plan& plan) {
 
 template <class T, bool LAST>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    tensor_core_kernel(const T* __restrict__ input, const T* __restrict__ weight,
-                       const T* __restrict__ bias, T* __restrict__ output,
-                       const uint4* __restrict__ packed, ConvTransposeProblem p, Axis rows,
-                       Axis columns, Plan plan) {
+    tensor_core_split_kernel(const T* __restrict__ input, const T* __restrict__ weight,
+                             const T* __restrict__ bias, T* __restrict__ output,
+                             const uint4* __restrict__ packed, ConvTransposeProblem p, Axis rows,
+                             Axis columns, Plan plan) {
   constexpr int PARTS = Split<T>::PARTS;
   constexpr int OF_TAP = PARTS * TILES_M * 32;  // vectors of weights
   extern __shared__ __align__(16) char memory[];
@@ -420,27 +420,28 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
   const int64_t packers = ceil_div(shares_of(plan), PACKED_AT_ONCE * THREADS);
   const int64_t packing = packers * owners_of(p, plan);
   if (packing > INT32_MAX / (4 * PACKED_AT_ONCE)) return cudaErrorInvalidValue;  // 32 bits are used
-  tensor_core_pack_kernel<T><<<static_cast<unsigned>(packing), THREADS, 0, stream>>>(
+  tensor_core_split_pack_kernel<T><<<static_cast<unsigned>(packing), THREADS, 0, stream>>>(
       weight, static_cast<uint4*>(packed), p, rows, columns, plan, static_cast<int>(packers));
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  error =
-      cudaFuncSetAttribute(tensor_core_kernel<T, LAST>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes));
+  error = cudaFuncSetAttribute(tensor_core_split_kernel<T, LAST>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
   const int64_t blocks = static_cast<int64_t>(plan.tile.tiles_n) * plan.tile.tiles_h *
                          plan.tile.tiles_w * plan.blocks_m * plan.classes_h * plan.classes_w *
                          p.groups;
-  tensor_core_kernel<T, LAST><<<static_cast<unsigned>(blocks), THREADS, shared_bytes, stream>>>(
-      input, weight, bias, output, static_cast<const uint4*>(packed), p, rows, columns, plan);
+  tensor_core_split_kernel<T, LAST>
+      <<<static_cast<unsigned>(blocks), THREADS, shared_bytes, stream>>>(
+          input, weight, bias, output, static_cast<const uint4*>(packed), p, rows, columns, plan);
   return cudaGetLastError();
 }
 
 }  // namespace tensor
 
-LAUNCHER(tensor_core, float, false)
-LAUNCHER(tensor_core_channels_last, float, true)
-LAUNCHER(tensor_core_float16, __half, false)
-LAUNCHER(tensor_core_float16_channels_last, __half, true)
-LAUNCHER(tensor_core_bfloat16, __nv_bfloat16, false)
-LAUNCHER(tensor_core_bfloat16_channels_last, __nv_bfloat16, true)
+LAUNCHER(tensor_core_split, float, false)
+LAUNCHER(tensor_core_split_channels_last, float, true)
+LAUNCHER(tensor_core_split_float16, __half, false)
+LAUNCHER(tensor_core_split_float16_channels_last, __half, true)
+LAUNCHER(tensor_core_split_bfloat16, __nv_bfloat16, false)
+LAUNCHER(tensor_core_split_bfloat16_channels_last, __nv_bfloat16, true)
