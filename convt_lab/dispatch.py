@@ -104,12 +104,15 @@ def candidates(
     problem: Problem,
     dtype: torch.dtype,
     channels_last: bool,
+    *,
+    tf32: bool,
     capability: tuple[int, int] | None = None,
 ) -> dict[str, Kernel]:
     """Return our kernels that compute a problem in a form, but for the slow rungs.
 
-    Only those that a GPU of the compute capability `capability` can run: the current GPU's, if
-    None; all, if there is none.
+    For float32, those that round it to TF32 (`Kernel.precision`) are among them only with `tf32`,
+    as PyTorch's own would do it only then. And only those that a GPU of the compute capability
+    `capability` can run: the current GPU's, if None; all, if there is none.
     """
     if capability is None and torch.cuda.is_available():
         capability = _gpu(torch.cuda.current_device())[1]
@@ -117,6 +120,7 @@ def candidates(
         name: kernel
         for name, kernel in kernels.items()
         if name not in SLOW
+        and (tf32 or dtype != torch.float32 or kernel.precision == "float32")
         and (capability is None or kernel.min_capability <= capability)
         and kernel.supports(problem, dtype, channels_last)
     }
@@ -187,7 +191,7 @@ def _choose(
 ) -> tuple[Choice, bool]:
     """Choose; return whether the choice lasts, too."""
     name, capability = _gpu(index)
-    ours = candidates(problem, dtype, channels_last, capability)
+    ours = candidates(problem, dtype, channels_last, tf32=tf32, capability=capability)
     if not ours:
         form = f"{_name(dtype)}, {'channels last' if channels_last else 'contiguous'}"
         return Choice(PYTORCH, f"no kernel of ours takes this problem in {form}"), True

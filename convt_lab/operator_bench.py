@@ -30,6 +30,8 @@ from convt_lab.operator import conv_transpose2d
 from convt_lab.operator_record import FORMS, PYTORCH, Case, Cold, OperatorRecord, Result
 from convt_lab.problem import Problem
 from convt_lab.records import Node, RowErrors
+from convt_lab.reference import tf32_gate
+from convt_lab.stages import kernels
 from convt_lab.tasks import Task, TaskClock, cold_times, cudnn_at_its_best, with_best_choice
 
 __all__ = ["FILE", "Subjects", "measure_shape", "problems", "shapes", "tables", "wrong"]
@@ -44,7 +46,6 @@ FLOOR = 0.97
 _HOPELESS = 1.5
 
 _MOST_CHOICES = 2  # of cuDNN: a shape has six forms
-_TF32_GATE = 2.0**11  # units of 2^-24: its operands have 10 bits, so that some hundred are expected
 _HALF_GATE = 2.0**13  # units of 2^-24: half a unit in the last place of a float16
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -84,16 +85,15 @@ class Subjects:
     Attributes
     ----------
     kernels
-        Gives our kernels, by name, that take a problem in a dtype and memory format.
+        Gives our kernels, by name, that take a problem in a dtype and memory format, with or
+        without TF32.
     operator
         Called as ``torch.nn.functional.conv_transpose2d`` is; None to measure the kernels alone.
     explain
         Says what the operator would choose for the same arguments.
     """
 
-    kernels: Callable[[Problem, torch.dtype, bool], Mapping[str, Callable[..., torch.Tensor]]] = (
-        dispatch.candidates
-    )
+    kernels: Callable[..., Mapping[str, Callable[..., torch.Tensor]]] = dispatch.candidates
     operator: Callable[..., torch.Tensor] | None = conv_transpose2d
     explain: Callable[..., dispatch.Choice] = dispatch.explain
 
@@ -174,8 +174,11 @@ class _One:
         call = partial(function, *self.inputs, **self.problem.arguments)
         return Task(name, call, partial(cudnn_at_its_best, self.form[2]))
 
-    def judged(self, task: Task, is_ours: bool) -> Result:
-        """Run a task once and compare the result with float64."""
+    def judged(self, task: Task, is_ours: bool, rounds: bool = True) -> Result:
+        """Run a task once and compare the result with float64.
+
+        One of ours that never `rounds` to TF32 is held to float32's gate, whatever is allowed.
+        """
         try:
             with poisoned() if is_ours else nullcontext():
                 output = task.run(task)
@@ -185,16 +188,26 @@ class _One:
             return _failed(error)
         condition = math.inf if has_nan else errors.condition
         relative = math.inf if has_nan else errors.relative_l2
-        gate = _gate(self.form, errors.gate)
+        gate = _gate(self.problem, self.form, errors.gate, rounds)
         wrong = is_ours and not condition <= gate
         return Result("wrong" if wrong else "ok", errors=RowErrors(relative, condition, gate))
 
 
-def _gate(form: tuple[str, str, bool], float32_gate: float) -> float:
+def _gate(
+    problem: Problem, form: tuple[str, str, bool], float32_gate: float, rounds: bool
+) -> float:
     dtype, _, allow_tf32 = form
     if dtype == "float16":
         return float32_gate + _HALF_GATE
-    return max(float32_gate, _TF32_GATE) if allow_tf32 else float32_gate
+    if not (allow_tf32 and rounds):
+        return float32_gate
+    taps = problem.kernel_size[0] * problem.kernel_size[1]
+    return tf32_gate(problem.in_channels // problem.groups * taps)
+
+
+def _rounds(kernel: Callable | None) -> bool:
+    """Whether it may round float32 to TF32: PyTorch's own may, ours if they say so."""
+    return kernel is None or getattr(kernel, "precision", "float32") == "tf32"
 
 
 def _failed(error: Exception) -> Result:
@@ -237,13 +250,16 @@ def _measure(
 def _judge_all(
     one: _One, pytorch: Task, on_step: Step
 ) -> tuple[dict[str, Result], dict[str, Task]]:
-    dtype, memory_format, _ = one.form
-    kernels = one.subjects.kernels(one.problem, _DTYPES[dtype], memory_format == "channels_last")
+    dtype, memory_format, tf32 = one.form
+    kernels = one.subjects.kernels(
+        one.problem, _DTYPES[dtype], memory_format == "channels_last", tf32=tf32
+    )
     tasks = {PYTORCH: pytorch, **{n: one.task(n, kernel) for n, kernel in kernels.items()}}
     results = {}
     for task in tasks.values():
         on_step(f"judging {task.name}")
-        results[task.name] = one.judged(task, is_ours=task is not pytorch)
+        rounds = _rounds(kernels.get(task.name))
+        results[task.name] = one.judged(task, is_ours=task is not pytorch, rounds=rounds)
     return results, {n: task for n, task in tasks.items() if results[n].status == "ok"}
 
 
@@ -296,7 +312,9 @@ def _with_operator(
         task = replace(one.task("operator", one.subjects.operator), thread=pytorch.thread)
         with task.settings():
             explained = one.subjects.explain(*one.inputs, **one.problem.arguments)
-        result = one.judged(task, is_ours=explained.kernel != PYTORCH)
+        is_ours = explained.kernel != PYTORCH
+        rounds = _rounds(kernels[explained.kernel]) if explained.kernel in kernels else True
+        result = one.judged(task, is_ours, rounds)
         results = {"operator": result, PYTORCH: case.pytorch}
         if result.status == "ok":
             failures: dict[str, Exception] = {}

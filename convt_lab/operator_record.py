@@ -38,8 +38,9 @@ All times are in seconds.
     ``failed``, and then what was raised (else null).
 ``errors``
     ``relative_l2``, ``condition`` and ``gate`` as in `convt_lab.records`, against float64 with the
-    inputs as they are in that dtype. The gate is that of float32, of TF32 where TF32 is allowed,
-    and of rounding the result in float16. Null if it failed.
+    inputs as they are in that dtype. The gate is that of float32; of TF32 for what may round to it
+    (PyTorch's own and the kernels that say so, where TF32 is allowed); and of rounding the result
+    in float16. Null if it failed.
 ``cold``
     ``seconds``, the median of cold runs; ``runs``, their number; ``spread``, how far the median's
     95 % confidence interval reaches, over it. Null if it was not timed.

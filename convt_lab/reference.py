@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOAT32_GATE",
+    "TF32_ROUNDOFF",
     "UNIT_ROUNDOFF",
     "condition_error",
     "condition_scale",
@@ -32,10 +33,15 @@ __all__ = [
     "gather",
     "relative_l2",
     "scatter",
+    "tf32_gate",
+    "truncation_gate",
 ]
 
 UNIT_ROUNDOFF = 2.0**-24
 """u, half the distance from 1 to the next float32: the relative error of one rounding."""
+
+TF32_ROUNDOFF = 2.0**-11
+"""The same of TF32, the tensor cores' type of 11 significant bits."""
 
 FLOAT32_GATE = 8.0
 """Largest :func:`condition_error` of a float32 kernel that counts as right.
@@ -57,6 +63,46 @@ def float32_gate(outputs: int) -> float:
     """
     million = 1e6
     return FLOAT32_GATE * math.sqrt(math.log(max(outputs, million)) / math.log(million))
+
+
+def truncation_gate(terms: int, depth: int = 8) -> float:
+    """Bound the condition error of a sum of exact products that tensor cores have taken.
+
+    Parameters
+    ----------
+    terms
+        Of an output, zeros among them counted: at most C_in / groups rounded up, times all taps.
+    depth
+        How many terms an instruction adds to its accumulator at once.
+
+    Returns
+    -------
+    float
+        Each instruction cuts its sum off, which is wrong by less than 2^-23 of it, two units; the
+        bias is added with one rounding, and the result stored with another.
+    """
+    return 2.0 * math.ceil(terms / depth) + 2.0
+
+
+def tf32_gate(terms: int) -> float:
+    """Bound the condition error of a right result whose operands were rounded to TF32.
+
+    Both operands of a product may be wrong by 2^-11 of themselves, so it may be by 2^-10 + 2^-22,
+    and a sum of products by as much of the sum of their magnitudes; and see `truncation_gate`. No
+    operand may be so small (below 2^-126) that TF32 has fewer digits left for it.
+
+    Parameters
+    ----------
+    terms
+        As for `truncation_gate`.
+
+    Returns
+    -------
+    float
+        In units of the condition error.
+    """
+    products = 2 * TF32_ROUNDOFF + TF32_ROUNDOFF**2
+    return products / UNIT_ROUNDOFF + (1 + products) * truncation_gate(terms)
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -73,6 +74,10 @@ class Kernel:
         size of which ``LAUNCHER_packed_bytes`` tells; it is written in each call.
     min_capability
         The least compute capability of a GPU that has its instructions.
+    precision
+        What float32 values are multiplied as: ``"float32"``, with its accuracy, by whatever means;
+        or ``"tf32"``, rounded to 11 significant bits first. The operator takes a kernel of the
+        second kind for float32 only where PyTorch may use TF32. It says nothing about other types.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Kernel:
     covers: Callable[[Problem], bool] = lambda problem: True
     packs_weights: bool = False
     min_capability: tuple[int, int] = (0, 0)
+    precision: Literal["float32", "tf32"] = "float32"
 
     def supports(
         self,
@@ -430,6 +436,12 @@ _OTHERS = (
         "The same for up to eight channels at once, which share the inputs.",
         dtypes=_STORED,
         covers=_fits_cells,
+    ),
+    Kernel(
+        "tensor_core",
+        "Tensor cores: an FMA loop becomes an instruction that multiplies tiles.",
+        dtypes=_STORED,
+        precision="tf32",
     ),
     Kernel(
         "tensor_core_split",

@@ -449,7 +449,7 @@ def lab_on_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "stages", {"first": FakeStage(), "second": FakeStage()})
     small = {"small": Problem(2, 2, 2, 4, 4)}
     monkeypatch.setattr(operator_bench, "problems", lambda part: small)
-    subjects = operator_bench.Subjects(kernels=lambda *form: {"ours": FakeStage()})
+    subjects = operator_bench.Subjects(kernels=lambda *form, tf32: {"ours": FakeStage()})
     monkeypatch.setattr(operator_bench, "Subjects", lambda: subjects)
     monkeypatch.setattr(records, "FOLDER", tmp_path / "records")
     monkeypatch.setattr(measurements, "FILE", tmp_path / "package" / "dispatch.json")
@@ -581,7 +581,7 @@ class TestRun:
         monkeypatch.setattr(
             operator_bench,
             "Subjects",
-            lambda: replace(subjects, kernels=lambda *form: {"bad": bad}),
+            lambda: replace(subjects, kernels=lambda *form, tf32: {"bad": bad}),
         )
         status, out, _ = main("bench", "--only", "operator")
         assert status == 1

@@ -623,7 +623,7 @@ def measured(name="float32", clock=None, change=lambda model: model, candidates=
             decoder_profile.Setting(name, "cpu", clock or StandIn(), profiles=1, runs=2),
             RECORD.gpu,
             RECORD.software,
-            candidates or (lambda *form: {"ours": Ours()}),
+            candidates or (lambda *form, tf32: {"ours": Ours()}),
         )
 
 
@@ -649,7 +649,7 @@ class TestMeasuring:
 
     def test_before_and_after_are_timed_in_turn(self):
         clock = StandIn()
-        measured(clock=clock, candidates=lambda *form: {})
+        measured(clock=clock, candidates=lambda *form, tf32: {})
         alone = len(UPS) * (WARM_UPS + decoder_profile.autotune.RUNS)
         for start in range(alone, len(clock.functions), 2 * (WARM_UPS + 2)):
             one = clock.functions[start : start + 2 * (WARM_UPS + 2)]

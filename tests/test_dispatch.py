@@ -34,8 +34,15 @@ class FakeKernel:
 
     min_capability = (0, 0)
 
-    def __init__(self, dtypes=(torch.float32,), channels_last=False, covers=lambda problem: True):
+    def __init__(
+        self,
+        dtypes=(torch.float32,),
+        channels_last=False,
+        covers=lambda problem: True,
+        precision="float32",
+    ):
         self.dtypes, self.channels_last, self.covers = dtypes, channels_last, covers
+        self.precision = precision
 
     def supports(self, problem, dtype, channels_last):
         takes = dtype in self.dtypes and (self.channels_last or not channels_last)
@@ -112,7 +119,7 @@ class TestWithoutAKernel:
         assert gpu.measurements == 0
 
     def test_the_slow_rungs_are_no_candidates(self):
-        found = dispatch.candidates(DENSE, torch.float32, False)
+        found = dispatch.candidates(DENSE, torch.float32, False, tf32=True)
         assert "register_blocked" in found
         assert not set(found) & set(dispatch.SLOW)
         assert set(dispatch.SLOW) < set(stages)
@@ -122,7 +129,9 @@ class TestWithoutAKernel:
 
     def test_a_gpu_must_have_the_instructions(self):
         def found(capability):
-            return dispatch.candidates(DENSE, torch.float32, False, capability)
+            return dispatch.candidates(
+                DENSE, torch.float32, False, tf32=False, capability=capability
+            )
 
         assert "tensor_core_split" in found((8, 0))
         assert "tensor_core_split" in found((9, 0))
@@ -130,6 +139,54 @@ class TestWithoutAKernel:
             "tensor_core_split",
             "tensor_core_narrow",
         }
+
+
+class TestPrecision:
+    """Float32 is never rounded to TF32 where PyTorch would not do it."""
+
+    @pytest.fixture
+    def faster(self, gpu, monkeypatch):
+        """The fastest kernel by far is one that rounds."""
+        rounding = FakeKernel((torch.float32, torch.float16), precision="tf32")
+        monkeypatch.setattr(dispatch, "kernels", {"a": rounding, "b": FakeKernel()})
+        gpu.times = {"pytorch": 2.0, "a": 0.1, "b": 1.0}
+        return gpu
+
+    def test_the_candidates(self, faster):
+        def found(dtype, tf32):
+            return set(dispatch.candidates(DENSE, dtype, False, tf32=tf32, capability=(9, 0)))
+
+        assert found(torch.float32, True) == {"a", "b"}
+        assert found(torch.float32, False) == {"b"}
+        assert found(torch.float16, False) == found(torch.float16, True) == {"a"}
+
+    def test_measured_now(self, faster, monkeypatch):
+        monkeypatch.setenv("CONVT_AUTOTUNE", "1")
+        assert choose(tf32=False).kernel == "b"
+        assert choose(tf32=True).kernel == "a"
+
+    def test_measured_before_by_whoever(self, faster):
+        """A memory that holds it, of another version say, is no reason to take it."""
+        for tf32 in (False, True):
+            case = autotune.case_name(DENSE, torch.float32, False, tf32)
+            dispatch._memory.remember("GPU 0", case, faster.times)
+        assert choose(tf32=False).kernel == "b"
+        assert choose(tf32=True).kernel == "a"
+
+    @pytest.mark.parametrize("problem", [DENSE, replace(DENSE, batch=7)], ids=["same", "similar"])
+    def test_by_a_table(self, faster, monkeypatch, problem):
+        of_form = [
+            measured(DENSE, form=("float32", False, tf32), a=0.1, b=0.5) for tf32 in (False, True)
+        ]
+        monkeypatch.setattr(dispatch, "_tables", lambda: (table(*of_form),))
+        assert choose(problem, tf32=False).kernel == "b"
+        assert choose(problem, tf32=True).kernel == "a"
+
+    def test_the_package_has_one(self):
+        def found(tf32):
+            return set(dispatch.candidates(DENSE, torch.float32, False, tf32=tf32))
+
+        assert found(True) - found(False) == {"tensor_core"}
 
 
 class TestAutotuning:

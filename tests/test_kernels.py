@@ -11,7 +11,15 @@ from strategies import inputs, problem_set
 
 import convt_lab as lab
 from convt_lab.backend import KERNEL_FOLDER
-from convt_lab.reference import FLOAT32_GATE, condition_error, scatter
+from convt_lab.reference import (
+    FLOAT32_GATE,
+    condition_error,
+    relative_l2,
+    scatter,
+    tf32_gate,
+    truncation_gate,
+)
+from convt_lab.split import FORMATS
 from convt_lab.stages import _ConvTransposeProblem, kernels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -20,6 +28,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 #: Those that sum in float32, in the order of the stages; tensor cores do neither.
 IN_ORDER = ["one_channel", "few_channels"]
+
+#: Those that take every legal problem, in every type, and hand down what they have no way for.
+COMPLETE = ["tensor_core"]
 
 #: Of one rounding to the type.
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -48,6 +59,34 @@ def run(kernel, x, weight, bias=None, device="cpu", *, channels_last=False, **ar
         x = x.contiguous(memory_format=torch.channels_last)
     tensors = [None if t is None else t.to(device) for t in (x, weight, bias)]
     return kernels[kernel](*tensors, **arguments).cpu()
+
+
+def uses_tf32(kernel, problem, device="cpu"):
+    """Whether the kernel rounds float32 operands to TF32, and hands the problem to no other."""
+    if kernels[kernel].precision != "tf32" or kernels[kernel].variant(problem) != "tensor cores":
+        return False
+    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def assert_float32_is_right(kernel, y, x, weight, bias, problem, device="cpu"):
+    """Judge a result: float32 by its gate, TF32 by two.
+
+    The first is what rounding the operands may cost. The second takes the rounded operands for
+    given, so that all but their own rounding is judged nearly as sharply as float32.
+    """
+    if not uses_tf32(kernel, problem, device):
+        assert condition_error(y, x, weight, bias, **problem.arguments) <= FLOAT32_GATE, problem
+        return
+    channels = -(-problem.in_channels // problem.groups // 8) * 8
+    terms = channels * problem.kernel_size[0] * problem.kernel_size[1]
+    rounded = [FORMATS["tf32"].round(t.numpy()) for t in (x, weight)]
+    error = condition_error(y, *rounded, bias, **problem.arguments)
+    assert error <= truncation_gate(terms, depth=4), problem  # the GPU's order is not told
+    # Below the smallest normal number TF32 has fewer digits.
+    normal = [(t == 0) | (t.abs() >= torch.finfo(torch.float32).tiny) for t in (x, weight)]
+    if all(is_normal.all() for is_normal in normal):
+        error = condition_error(y, x, weight, bias, **problem.arguments)
+        assert error <= tf32_gate(terms), problem
 
 
 def formats(kernel):
@@ -109,8 +148,7 @@ class TestValues:
                     kernel, x, weight, bias, device, channels_last=channels_last,
                     **problem.arguments,
                 )  # fmt: skip
-                error = condition_error(y, x, weight, bias, **problem.arguments)
-                assert error <= FLOAT32_GATE, problem
+                assert_float32_is_right(kernel, y, x, weight, bias, problem, device)
                 count += 1
         assert count >= 30
 
@@ -179,7 +217,8 @@ def test_values_that_are_not_finite_stay_in_their_windows(kernel, value, dtype, 
         {"kernel_size": (3, 4), "stride": (2, 5), "padding": 1, "dilation": (1, 3)},
     ]
     for setting in settings:
-        for channels in ({}, {"in_channels": 3, "out_channels": 3}):
+        of_groups = ({}, {"in_channels": 3, "out_channels": 3})
+        for channels in (*of_groups, {"in_channels": 24, "out_channels": 24}):
             base = {"batch": 2, "in_channels": 6, "out_channels": 15, "height": 9, "width": 12}
             problem = lab.Problem(**{**base, "groups": 3, **channels, **setting})
             if not kernels[kernel].supports(problem, dtype):
@@ -210,14 +249,16 @@ def test_values_that_are_not_finite_stay_in_their_windows(kernel, value, dtype, 
 def test_values_near_the_smallest_keep_their_digits(kernel, where, exponent, device):
     """Parts of a number may be too small where the number itself is not."""
     problem = lab.Problem(2, 20, 3, 5, 6, kernel_size=3, stride=2, padding=1)
-    if not kernels[kernel].supports(problem):
+    if kernel in COMPLETE:  # or it would be another's
+        problem = dataclasses.replace(problem, out_channels=20)
+    elif not kernels[kernel].supports(problem):
         problem = dataclasses.replace(problem, out_channels=20, groups=20)
     x, weight, bias = data_of(problem)
     small, large = (x, weight) if where == "x" else (weight, x)
     small *= 2.0**exponent
     large *= 2.0**60
     y = run(kernel, x, weight, bias, device, **problem.arguments)
-    assert condition_error(y, x, weight, bias, **problem.arguments) <= FLOAT32_GATE
+    assert_float32_is_right(kernel, y, x, weight, bias, problem, device)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -301,27 +342,31 @@ class TestWhatIsCovered:
                 answer = kernels[kernel].supports(problem, dtype)
                 answers.add(answer)
                 if answer:
-                    launches = kernels[kernel].launches(problem, dtype=dtype)
-                    assert len(launches) == 1 + kernels[kernel].packs_weights
                     # What every architecture has that the kernel is for.
-                    most = 96 if kernels[kernel].min_capability >= (8, 0) else 60
-                    assert launches[-1].shared_bytes <= most * 1024
+                    most = (96 if kernels[kernel].min_capability >= (8, 0) else 60) * 1024
+                    launches = kernels[kernel].launches(problem, most, dtype)
+                    assert len(launches) == 1 + kernels[kernel].packs_weights
+                    assert launches[-1].shared_bytes <= most
                 else:
                     with pytest.raises(lab.KernelError):
                         kernels[kernel].launches(problem, dtype=dtype)
-        assert answers == {False, True}
+        assert answers == ({True} if kernel in COMPLETE else {False, True})
 
-    @pytest.mark.parametrize("kernel", KERNELS)
-    def test_refusals(self, kernel):
+    @pytest.mark.parametrize("kernel", sorted(set(KERNELS) - set(COMPLETE)))
+    def test_what_is_not_covered_is_refused(self, kernel):
         problem = lab.Problem(1, 1, 1, 5, 5, kernel_size=3, stride=17)
         x, weight, bias = inputs(problem)
         with pytest.raises(ValueError, match=f"{kernel} does not cover"):
             kernels[kernel](x, weight, bias, **problem.arguments)
+        assert not kernels[kernel].supports(problem)
+
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_refusals(self, kernel):
+        x, weight, _ = inputs(lab.Problem(1, 1, 1, 5, 5, kernel_size=3))
         with pytest.raises(TypeError, match="x has dtype"):
             kernels[kernel](x.double(), weight.double())
         with pytest.raises(TypeError, match=r"weight has dtype torch\.float16 and x"):
             kernels[kernel](x, weight.half())
-        assert not kernels[kernel].supports(problem)
         assert not kernels[kernel].supports(lab.Problem(), torch.float64)
 
     @pytest.mark.parametrize("stage", list(lab.stages))
@@ -349,3 +394,122 @@ class TestWhatIsCovered:
         problem = _ConvTransposeProblem.of(lab.Problem(kernel_size=33))
         with pytest.raises(lab.KernelError):
             program.call("few_channels", None, None, None, None, problem)
+
+
+#: What the random problems have little of: channels enough that tensor cores are used, beyond one
+#: tile and one chunk, in groups; phases of different sizes, and one without a tap.
+OF_MANY_CHANNELS = [
+    lab.Problem(2, 17, 67, 9, 11, kernel_size=(3, 7), padding=(1, 2), bias=True),
+    lab.Problem(1, 40, 130, 5, 6, kernel_size=4, stride=2, padding=1),
+    lab.Problem(3, 33, 24, 4, 7, kernel_size=3, stride=(2, 3), output_padding=(1, 2), groups=3),
+    lab.Problem(1, 9, 8, 13, 12, kernel_size=(2, 3), stride=3, dilation=2, bias=True),
+    lab.Problem(2, 16, 16, 8, 20, kernel_size=2, stride=3, bias=True),
+    lab.Problem(1, 24, 20, 6, 5, kernel_size=3, stride=4, dilation=6, padding=2),
+    lab.Problem(5, 64, 32, 1, 3, kernel_size=(1, 5), padding=(0, 2), groups=2, bias=True),
+    lab.Problem(1, 8, 65, 1, 300, kernel_size=1),
+]
+
+
+class TestTensorCore:
+    """What the rung without parts does beyond the tests for all kernels."""
+
+    KERNEL = "tensor_core"
+
+    @pytest.mark.parametrize(
+        "problem", OF_MANY_CHANNELS, ids=lambda p: f"{p.input_shape} {p.weight_shape}"
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_many_channels(self, problem, dtype, device):
+        tensors = data_of(problem, dtype)
+        y = run(self.KERNEL, *tensors, device, **problem.arguments)
+        assert torch.equal(y, run(self.KERNEL, *tensors, device, **problem.arguments))
+        if dtype == torch.float32:
+            assert kernels[self.KERNEL].variant(problem) == "tensor cores"
+            assert_float32_is_right(self.KERNEL, y, *tensors, problem, device)
+        else:
+            expected = scatter(*(t if t is None else t.float() for t in tensors),
+                               **problem.arguments)  # fmt: skip
+            atol = 1e-5 * np.abs(expected).max()
+            np.testing.assert_allclose(y.double(), expected, rtol=1.01 * UNITS[dtype], atol=atol)
+        if dtype != torch.float32 or device != "cpu":
+            return
+        report = kernels[self.KERNEL].profile(*tensors, **problem.arguments)
+        assert report.hazards == ()
+        assert report.fma == 0
+        assert report.tensor_fma > 0
+
+    def test_operands_are_rounded_not_cut_off(self):
+        """Of values that are all positive, cutting off would take the same part from each."""
+        problem = lab.Problem(1, 64, 16, 8, 8, kernel_size=3, bias=False)
+        x, weight, _ = (t if t is None else t.abs() + 1 for t in problem.random_inputs())
+        y = run(self.KERNEL, x, weight, **problem.arguments).double()
+        expected = torch.from_numpy(scatter(x, weight, **problem.arguments))
+        mean = ((y - expected) / expected).mean().abs().item()
+        assert mean < 2.0**-14  # cut off: 2^-11 and more
+        assert 2.0**-17 < relative_l2(y, expected) < 2.0**-11
+
+    def test_most_of_the_random_problems_that_it_is_for_are_its_own(self):
+        variants = [
+            kernels[self.KERNEL].variant(problem)
+            for problem in problem_set(300)
+            if problem.batch and problem.in_channels >= 8 * problem.groups <= problem.out_channels
+        ]
+        assert variants.count("tensor cores") >= 0.6 * len(variants)
+        assert variants.count("tensor cores") >= 20
+
+    @pytest.mark.parametrize("change", [{"out_channels": 7}, {"in_channels": 3}, {"width": 3}])
+    def test_what_would_leave_an_instruction_empty_is_winograds(self, change, device):
+        settings = {"in_channels": 8, "out_channels": 8, "height": 1, "width": 4, "kernel_size": 3,
+                    "padding": 1, **change}  # fmt: skip
+        problem = lab.Problem(**settings, bias=True)
+        assert kernels[self.KERNEL].variant(problem) == lab.stages["winograd"].variant(problem)
+        x, weight, bias = data_of(problem)
+        y = run(self.KERNEL, x, weight, bias, device, **problem.arguments)
+        assert torch.equal(y, run("winograd", x, weight, bias, device, **problem.arguments))
+
+    @pytest.mark.parametrize(
+        "problem",
+        [
+            lab.Problem(1, 8, 8, 1, 4, kernel_size=(2, 300), bias=True),
+            lab.Problem(1, 8, 8, 2, 3, kernel_size=(150, 2), stride=2),
+            lab.Problem(1, 8, 8, 4, 5, kernel_size=(3, 4), dilation=(30, 20)),
+            lab.Problem(1, 8, 8, 1, 1, kernel_size=3, stride=(2**29, 2**30 - 1), dilation=5),
+            lab.Problem(1, 8, 9, 1, 1, kernel_size=(1, 3), stride=2**31 - 2**17, padding=(0, 1)),
+        ],
+        ids=lambda p: f"{p.kernel_size}, stride {p.stride}, dilation {p.dilation}",
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_enormous_kernels_and_steps(self, problem, dtype, device):
+        tensors = data_of(problem, dtype)
+        y = run(self.KERNEL, *tensors, device, **problem.arguments)
+        if dtype == torch.float32:
+            assert_float32_is_right(self.KERNEL, y, *tensors, problem, device)
+            return
+        exact = scatter(*(t if t is None else t.float() for t in tensors), **problem.arguments)
+        atol = 1e-5 * max(1, np.abs(exact).max())
+        np.testing.assert_allclose(y.double(), exact, rtol=1.01 * UNITS[dtype], atol=atol)
+
+    def test_the_largest_numbers(self, device):
+        """They would round to infinity."""
+        problem = lab.Problem(1, 8, 8, 4, 6, kernel_size=3, padding=1)
+        x, weight, _ = data_of(problem)
+        x[0, 3, 2, 2] = torch.finfo(torch.float32).max
+        weight[3] = 0.5
+        y = run(self.KERNEL, x, weight, None, device, **problem.arguments)
+        assert kernels[self.KERNEL].variant(problem) == "tensor cores"
+        expected = scatter(x, weight, **problem.arguments)
+        np.testing.assert_allclose(y.double(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+class TestPrecision:
+    def test_who_rounds_says_so(self):
+        assert [name for name in kernels if kernels[name].precision == "tf32"] == ["tensor_core"]
+        assert all(stage.precision == "float32" for stage in lab.stages.values())
+
+    def test_the_gates(self):
+        """TF32's is far above float32's, and cutting off operands would still not pass it."""
+        assert FLOAT32_GATE < truncation_gate(21 * 64) < tf32_gate(21 * 64)
+        assert tf32_gate(8) == pytest.approx(2.0**14, rel=1e-3)
+        a, b = (np.full((1, 8, 1, 1), 1 + 2.0**-10 - 2.0**-22, np.float32) for _ in range(2))
+        cut = np.full((1, 1, 1, 1), 8.0)
+        assert condition_error(cut, a, b.reshape(8, 1, 1, 1)) > 1.9 * tf32_gate(8)

@@ -35,8 +35,8 @@ class ByName:
 class Ours:
     """A kernel that sums in float32, with something done to the result."""
 
-    def __init__(self, change=lambda y: y):
-        self.change = change
+    def __init__(self, change=lambda y: y, precision="float32"):
+        self.change, self.precision = change, precision
 
     def __call__(self, x, weight, bias, **arguments):
         output = F.conv_transpose2d(x.float(), weight.float(), bias, **arguments)
@@ -49,7 +49,7 @@ def broken(*arguments, **keywords):
 
 def measured(kernels, clock=None, operator=None, choice="pytorch", choices=0, problem=SMALL):
     subjects = operator_bench.Subjects(
-        kernels=lambda *form: kernels,
+        kernels=lambda *form, tf32: kernels,
         operator=operator or Ours(),
         explain=lambda *inputs, **arguments: Choice(choice, "so it is"),
     )
@@ -114,8 +114,8 @@ class TestMeasuring:
     def test_inputs_are_as_the_form_says(self):
         asked, seen = [], []
 
-        def kernels(problem, dtype, channels_last):
-            asked.append((dtype, channels_last))
+        def kernels(problem, dtype, channels_last, *, tf32):
+            asked.append((dtype, channels_last, tf32))
             return {}
 
         def operator(x, weight, bias, **arguments):
@@ -140,7 +140,7 @@ class TestMeasuring:
             (half, False, True),
             (half, True, True),
         ]
-        assert asked == [(dtype, last) for dtype, last, _ in dict.fromkeys(seen)]
+        assert asked == list(dict.fromkeys(seen))
 
     def test_the_operator_is_timed_against_pytorch_in_its_thread(self):
         clock = ByName(ours=0.0005)
@@ -166,7 +166,7 @@ class TestMeasuring:
             seen.append((one.form, one.pytorch, one.kernels, before))
             return Choice("ours", "")
 
-        subjects = operator_bench.Subjects(lambda *form: {"ours": Ours()}, Ours(), explain)
+        subjects = operator_bench.Subjects(lambda *form, tf32: {"ours": Ours()}, Ours(), explain)
         tools = Instruments("cpu", ByName(ours=0.0005), None, lambda call: 0)
         arguments = "small", SMALL, RECORD.gpu, RECORD.software, tools
         cases = list(operator_bench.measure_shape(*arguments, subjects=subjects))
@@ -178,7 +178,7 @@ class TestMeasuring:
     @pytest.mark.parametrize(
         ("change", "status"),
         [
-            (lambda y: y * (1 + 1e-5), ["wrong"] * 2 + ["ok"] * 4),  # TF32 and half are rougher
+            (lambda y: y * (1 + 1e-5), ["wrong"] * 4 + ["ok"] * 2),  # half is rougher
             (lambda y: y * 1.01, ["wrong"] * 6),
             (torch.empty_like, ["wrong"] * 6),
             (lambda y: y[..., :-1], ["failed"] * 6),
@@ -192,6 +192,16 @@ class TestMeasuring:
             assert (one.kernels["bad"].cold is None) == (one.kernels["bad"].status != "ok")
             assert one.kernels["ours"].seconds == 0.0005
             assert one.operator.seconds == 0.001
+
+    def test_only_what_rounds_to_tf32_may_be_as_wrong_as_that(self):
+        """And only where it is allowed; a thousandth is too much for it, too."""
+        rough, wrong = (Ours(lambda y, f=f: y * (1 + f), "tf32") for f in (3e-4, 1.1e-3))
+        clock = ByName(rough=0.001, wrong=0.001)
+        cases = measured({"rough": rough, "wrong": wrong}, clock)
+        of_float32 = [one.kernels for one in cases[:4]]
+        assert [one["rough"].status for one in of_float32] == ["wrong"] * 2 + ["ok"] * 2
+        assert [one["wrong"].status for one in of_float32] == ["wrong"] * 4
+        assert cases[2].kernels["rough"].errors.gate > 1000 > cases[0].kernels["rough"].errors.gate
 
     def test_a_nan_in_an_image_that_is_not_judged(self):
         def change(y):

@@ -19,6 +19,8 @@ from convt_lab.reference import (
     gather,
     relative_l2,
     scatter,
+    tf32_gate,
+    truncation_gate,
 )
 
 SMALL_PROBLEMS = [
@@ -407,3 +409,12 @@ def test_the_gate_grows_with_the_number_of_outputs_and_not_below_a_million():
     assert float32_gate(0) == float32_gate(10**6) == FLOAT32_GATE
     star = 8 * 64 * 514 * 518
     assert float32_gate(star) == pytest.approx(9.3, abs=0.05)
+
+
+def test_the_gates_of_truncated_sums_and_of_tf32():
+    """What they bound, in units of 2^-24: 2^-23 an instruction; 2^-11 of each operand."""
+    assert truncation_gate(8) == 4
+    assert truncation_gate(9) == truncation_gate(16) == 6
+    assert truncation_gate(16, depth=16) == 4
+    assert tf32_gate(8) == pytest.approx((2 * 2.0**-11 + 2.0**-22) / UNIT_ROUNDOFF + 4, rel=1e-3)
+    assert tf32_gate(16) > tf32_gate(8) > 1000 * FLOAT32_GATE

@@ -226,7 +226,7 @@ def alone(
     """Time each layer's forward by itself: PyTorch's operator and every kernel that takes it."""
     found = {}
     for name, problem in problems.items():
-        kernels = candidates(problem, setting.dtype, setting.channels_last)
+        kernels = candidates(problem, setting.dtype, setting.channels_last, tf32=setting.allow_tf32)
         with setting.cudnn():
             seconds, failures = autotune.measure(
                 problem,
@@ -431,7 +431,7 @@ def trial() -> DecoderRecord:
         WallClock(),
         profiles=1,
         runs=1,
-        candidates=lambda *form: {},  # on a CPU ours would run on the simulator
+        candidates=lambda *form, tf32: {},  # on a CPU ours would run on the simulator
     )
 
 

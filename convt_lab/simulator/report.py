@@ -154,6 +154,8 @@ class Report:
         Sums over the sites, for instance ``totals["global_load_sectors"]``.
     fma
         Fused multiply-adds (``fmaf``), counted by thread.
+    tensor_fma
+        Multiply-adds of the tensor cores' instructions: 16 * 8 * k for one of a warp.
     hazards
         Empty for a correct kernel.
     buffers
@@ -176,12 +178,13 @@ class Report:
     blocks: int
     grid_blocks: int
     source: str = field(repr=False)
+    tensor_fma: int = 0
 
     @property
     def arithmetic_intensity(self) -> float:
-        """FLOPs (two for an FMA) per byte moved between the SM and global memory."""
+        """FLOPs (two for a multiply-add) per byte moved between the SM and global memory."""
         moved = sum(site.bytes_moved for site in self.sites if site.space == "global")
-        return 2 * self.fma / moved if moved else 0.0
+        return 2 * (self.fma + self.tensor_fma) / moved if moved else 0.0
 
     def __str__(self) -> str:
         return self.table()
@@ -204,7 +207,11 @@ class Report:
             for s in self.sites
         ]
         lines = [aligned([columns, *rows], left={1, 2, 3})]
-        lines.append(f"{self.fma:,} FMAs; {self.arithmetic_intensity:.2f} FLOP per byte moved")
+        counts = [f"{self.fma:,} FMAs"]
+        if self.tensor_fma:
+            counts.append(f"{self.tensor_fma:,} multiply-adds of tensor cores")
+        counts.append(f"{self.arithmetic_intensity:.2f} FLOP per byte moved")
+        lines.append("; ".join(counts))
         if self.blocks != self.grid_blocks:
             lines.append(
                 f"traced {self.blocks:,} of {self.grid_blocks:,} blocks, and only these ran"
@@ -220,6 +227,7 @@ class Report:
             "sites": [asdict(site) for site in self.sites],
             "totals": dict(self.totals),
             "fma": self.fma,
+            "tensor_fma": self.tensor_fma,
             "hazards": [asdict(hazard) for hazard in self.hazards],
             "buffers": {
                 use.name: {

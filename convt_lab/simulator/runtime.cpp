@@ -775,6 +775,7 @@ void cudasim_trace_begin(const CudasimTrace* trace) {
 }
 void cudasim_trace_end() { active_tracer.reset(); }
 std::uint64_t cudasim_trace_fma() { return active_tracer->fma(); }
+std::uint64_t cudasim_trace_tensor_fma() { return active_tracer->tensor_fma(); }
 std::uint64_t cudasim_trace_blocks(std::uint64_t* of) {
   *of = active_tracer->grid_blocks();
   return active_tracer->blocks();
@@ -805,6 +806,10 @@ static cudasim::Tracer* current_tracer() { return worker == nullptr ? nullptr : 
 float cudasim_fma(float a, float b, float c) {
   if (cudasim::Tracer* tracer = current_tracer()) tracer->count_fma();
   return __builtin_fmaf(a, b, c);
+}
+
+void cudasim_tensor_fma(int count) {
+  if (cudasim::Tracer* tracer = current_tracer()) tracer->count_tensor_fma(count);
 }
 
 static void trace_access(std::uint64_t pc, const void* address, std::size_t bytes,

@@ -122,6 +122,7 @@ void cudasim_trace_begin(const CudasimTrace* trace);
 void cudasim_trace_end();
 // What the trace holds; arrays live until cudasim_trace_end.
 std::uint64_t cudasim_trace_fma();
+std::uint64_t cudasim_trace_tensor_fma();
 std::uint64_t cudasim_trace_blocks(
     std::uint64_t* of);  // how many were run, of how many in the grid
 std::uint64_t cudasim_trace_footprint(std::size_t buffer);  // distinct sectors
@@ -135,6 +136,7 @@ void cudasim_enter_loop();
 void cudasim_next_iteration();
 void cudasim_leave_loop();
 float cudasim_fma(float a, float b, float c);
+void cudasim_tensor_fma(int count);
 void cudasim_atomic(const void* address, std::size_t bytes);
 
 // Runs a kernel over its grid. A failure is kept for this CPU thread until it is taken.

@@ -175,6 +175,9 @@ class Tracer {
   }
 
   void count_fma() { fma_ += lane_ != nullptr; }
+  void count_tensor_fma(int count) {
+    if (lane_ != nullptr) tensor_fma_ += count;
+  }
 
   // Returns why the launch must end, or null.
   const char* access(std::uint64_t pc, std::uint64_t address, std::uint32_t bytes, Operation op) {
@@ -207,6 +210,7 @@ class Tracer {
   // ---- Results ----------------------------------------------------------------------------------
 
   std::uint64_t fma() const { return fma_; }
+  std::uint64_t tensor_fma() const { return tensor_fma_; }
   std::uint64_t blocks() const { return block_serial_; }
   std::uint64_t grid_blocks() const {
     return static_cast<std::uint64_t>(grid_size_.x) * grid_size_.y * grid_size_.z;
@@ -694,7 +698,7 @@ class Tracer {
   CudasimIndex barrier_index_{}, exited_index_{};
   int exited_ = -1;
 
-  std::uint64_t fma_ = 0, steps_ = 0;
+  std::uint64_t fma_ = 0, tensor_fma_ = 0, steps_ = 0;
   using Place = std::tuple<std::uint32_t, int, int>;  // instruction, operation, buffer
   std::map<Place, CudasimSite> sites_;
   std::map<Place, CudasimRequest> examples_;

@@ -105,6 +105,7 @@ def declare(runtime: ctypes.CDLL) -> None:
     u64, size = ctypes.c_uint64, ctypes.c_size_t
     runtime.cudasim_trace_begin.argtypes = [ctypes.POINTER(_Trace)]
     runtime.cudasim_trace_fma.restype = u64
+    runtime.cudasim_trace_tensor_fma.restype = u64
     runtime.cudasim_trace_blocks.restype = u64
     runtime.cudasim_trace_blocks.argtypes = [ctypes.POINTER(u64)]
     runtime.cudasim_trace_footprint.restype = u64
@@ -182,6 +183,7 @@ def _report(
         sites=counted,
         totals=MappingProxyType(totals_of(counted)),
         fma=runtime.cudasim_trace_fma(),
+        tensor_fma=runtime.cudasim_trace_tensor_fma(),
         hazards=_merge(_hazard(hazard, lines, names) for hazard in hazards),
         buffers=MappingProxyType(
             {

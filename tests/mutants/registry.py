@@ -37,6 +37,7 @@ COALESCED = "kernels/coalesced.cu"
 SHARED = "kernels/shared_tiled.cu"
 CELLS = "kernels/cells.cuh"
 PHASES = "kernels/phases.cuh"
+TENSOR_CORE = "kernels/tensor_core.cu"
 
 KERNELS = (
     mutant(
@@ -344,6 +345,62 @@ KERNELS = (
         "[cpu--115-x-tensor_core_narrow]",
         "test_kernels.py::test_values_near_the_smallest_keep_their_digits"
         "[cpu--115-weight-tensor_core_narrow]",
+    ),
+    mutant(
+        "operands-cut-off",
+        "float32 is cut off to TF32, not rounded",
+        "kernels/mma.cuh",
+        "return {(bits + 0x1000u) & 0xFFFFE000u};",
+        "return {bits & 0xFFFFE000u};",
+        "test_kernels.py::TestTensorCore::test_operands_are_rounded_not_cut_off",
+        "test_kernels.py::TestValues::test_float64_agrees[cpu-tensor_core]",
+        "test_split.py::TestMatrixProduct::test_it_is_what_the_simulator_computes[tf32]",
+    ),
+    mutant(
+        "inputs-left-of-the-image",
+        "a tap left of the image reads the end of the row before",
+        TENSOR_CORE,
+        "h < along_h.size && v >= 0 && v < along_w.size",
+        "h < along_h.size && v < along_w.size",
+        "test_kernels.py::TestValues::test_float64_agrees[cpu-tensor_core]",
+    ),
+    mutant(
+        "an-instruction-too-few",
+        "the channels of a chunk's second instruction are left out",
+        TENSOR_CORE,
+        "ceil_div(group_in - k.ci, 2 * VECTOR<T>)",
+        "(group_in - k.ci) / (2 * VECTOR<T>)",
+        "test_kernels.py::TestTensorCore::test_many_channels[cpu-torch.float32-"
+        "(2, 17, 9, 11) (17, 67, 3, 7)]",
+    ),
+    mutant(
+        "one-buffer-for-two",
+        "a block overwrites operands that some of its warps still multiply",
+        TENSOR_CORE,
+        "k.ci < group_in; buffer ^= 1) {",
+        "k.ci < group_in; buffer ^= 0) {",
+        "test_kernels.py::TestTensorCore::test_many_channels[cpu-torch.float32-"
+        "(2, 17, 9, 11) (17, 67, 3, 7)]",
+    ),
+    mutant(
+        "largest-numbers-become-infinite",
+        "outputs that are not finite are left as the tensor cores have them",
+        TENSOR_CORE,
+        "  if (!is_not_finite) return;",
+        "  return;",
+        "test_kernels.py::TestTensorCore::test_the_largest_numbers[cpu]",
+        "test_kernels.py::test_values_that_are_not_finite_stay_in_their_windows"
+        "[cpu-torch.float32-inf-tensor_core]",
+    ),
+    mutant(
+        "tf32-unasked",
+        "float32 goes to a kernel that rounds it to TF32, whatever PyTorch's setting",
+        "dispatch.py",
+        '        and (tf32 or dtype != torch.float32 or kernel.precision == "float32")\n',
+        "",
+        "test_dispatch.py::TestPrecision::test_the_candidates",
+        "test_dispatch.py::TestPrecision::test_measured_before_by_whoever",
+        "test_dispatch.py::TestPrecision::test_by_a_table[same]",
     ),
     mutant(
         "a-launcher-that-refuses-nothing",

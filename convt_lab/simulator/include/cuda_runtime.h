@@ -215,6 +215,13 @@ inline int lane() {
   return static_cast<int>((t.x + size.x * (t.y + size.y * t.z)) % warpSize);
 }
 
+// What a lane has of the multiply-adds of a tensor core's instruction.
+#ifdef CUDASIM_TRACE
+inline void count_tensor_fma(int count) { cudasim_tensor_fma(count); }
+#else
+inline void count_tensor_fma(int) {}
+#endif
+
 // The value of lane `from`; the own value where that lane is outside the segment (`valid` false)
 // or does not take part (undefined in CUDA).
 template <class T>
@@ -406,6 +413,7 @@ enum cudaFuncAttribute {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 inline cudaError_t cudaGetDevice(int* device) {
@@ -413,10 +421,18 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kMultiprocessors = 132;  // of an H100 or H200
-  *value = attribute == cudaDevAttrMultiProcessorCount
-               ? kMultiprocessors
-               : static_cast<int>(cudasim_max_shared_bytes());
+  constexpr int kMultiprocessors = 132, kMajor = 9;  // of an H100 or H200
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = kMultiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = kMajor;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(cudasim_max_shared_bytes());
+      break;
+  }
   return cudaSuccess;
 }
 template <class... P>
