@@ -27,7 +27,7 @@ from convt_lab.problem import Axis, Problem
 from convt_lab.program import compile as compile_source
 from convt_lab.simulator.report import SECTOR_BYTES, Report, Request
 from convt_lab.simulator.translate import mask_comments_and_strings
-from convt_lab.stages import Stage
+from convt_lab.stages import Kernel, Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,10 +47,12 @@ __all__ = [
     "cost_by_line",
     "diff",
     "flat_axis",
+    "fragments",
     "growth",
     "halo",
     "layer_times",
     "listing",
+    "promotion",
     "request",
     "residues",
     "reuse",
@@ -89,14 +91,14 @@ class Listing:
 
 
 def listing(
-    source: Stage | Path | Callable | str, start: str | None = None, end: str | None = None
+    source: Kernel | Path | Callable | str, start: str | None = None, end: str | None = None
 ) -> Listing:
     """Take a piece out of a kernel file or show a Python function.
 
     Parameters
     ----------
     source
-        A stage, a file or a text in CUDA C++, or a Python function, which is shown whole and
+        A kernel, a file or a text in CUDA C++, or a Python function, which is shown whole and
         without its docstring.
     start
         Where the piece begins. The name of a function or a struct gives its definition with the
@@ -115,7 +117,7 @@ def listing(
     ValueError
         If the text holds no `start`, no `end` after it, or nothing that closes.
     """
-    if isinstance(source, Stage):
+    if isinstance(source, Kernel):
         text, title = source.source, f"{source.name}.cu"
     elif isinstance(source, Path):
         text, title = source.read_text(), source.name
@@ -162,13 +164,13 @@ def diff(before: Stage | Listing, after: Stage | Listing) -> Listing:
     return Listing("\n".join(lines[3:]), "diff", f"{old.title} → {new.title}")
 
 
-def constants(source: Stage | str, *expressions: str) -> dict[str, int]:
+def constants(source: Kernel | str, *expressions: str) -> dict[str, int]:
     """Ask the compiler for the values of integer expressions in a kernel file.
 
     Parameters
     ----------
     source
-        A stage or CUDA C++ text.
+        A kernel or CUDA C++ text.
     *expressions
         Such as ``THREADS`` or ``Sizes<3, 7>::THREAD_W``, in the scope of the file.
 
@@ -177,7 +179,7 @@ def constants(source: Stage | str, *expressions: str) -> dict[str, int]:
     dict of str to int
         Each expression with its value.
     """
-    text = source.source if isinstance(source, Stage) else source
+    text = source.source if isinstance(source, Kernel) else source
     assignments = "".join(f"  values[{i}] = ({e});\n" for i, e in enumerate(expressions))
     probe = f"\n__global__ void tell_constants(long long* values) {{\n{assignments}}}\n"
     values = np.zeros(len(expressions), dtype=np.int64)
@@ -553,6 +555,94 @@ def window(thread_w: int, kernel_w: int, length: int) -> Picture:
     axes.set_xlabel("input in the window (frames: loads of 16 bytes)", color=_INK)
     axes.set_ylabel("tap kw", color=_INK)
     return Picture(figure, "the sliding window")
+
+
+#: Who holds what of an instruction's matrices, as mma.cuh says: of A [16, k], B [k, 8] and C
+#: [16, 8], with k counted in registers, the lane and the number of its register.
+_FRAGMENTS: Mapping[str, tuple[tuple[int, int], Callable[[int, int], tuple[int, int]]]] = {
+    "A": ((16, 8), lambda row, k: (4 * (row % 8) + k % 4, row // 8 + 2 * (k // 4))),
+    "B": ((8, 8), lambda k, column: (4 * column + k % 4, k // 4)),
+    "C": (
+        (16, 8),
+        lambda row, column: (4 * (row % 8) + column // 2, 2 * (row // 8) + column % 2),
+    ),
+}
+
+
+def fragments(lane: int) -> Picture:
+    """Draw which lane of a warp holds what of a tensor core's instruction.
+
+    Parameters
+    ----------
+    lane
+        Whose registers are framed.
+
+    Returns
+    -------
+    Picture
+        A, B and C as they meet in the product, each register with its lane's number; pale to dark
+        are a lane's first to last register. A and B are of m16n8k8; with two values in a register
+        they are twice as long along k.
+    """
+    figure, _ = _panels(1, height=5.0)
+    figure.clear()
+    grid = figure.add_gridspec(2, 2, height_ratios=[8, 16])
+    for name, place in (("B", (0, 1)), ("A", (1, 0)), ("C", (1, 1))):
+        axes = figure.add_subplot(grid[place])
+        (rows, columns), holder = _FRAGMENTS[name]
+        for row, column in np.ndindex(rows, columns):
+            owner, register = holder(row, column)
+            count = 2 if name == "B" else 4
+            fill = _mix("#FFFFFF", _BLUE, 0.1 + 0.4 * register / (count - 1))
+            _box(axes, column, row, 1, 1, fill)
+            axes.text(column + 0.5, row + 0.5, str(owner), ha="center", va="center", fontsize=6.5,
+                      color=_INK)  # fmt: skip
+            if owner == lane:
+                _frame(axes, column, row, 1, 1, color=_RED, thick=2.0)
+        _bare(axes, columns, rows)
+        axes.set_title(name, fontsize=11, color=_INK, loc="left")
+    return Picture(figure, "who holds what of an instruction")
+
+
+def promotion(
+    errors: Mapping[str, Mapping[int, float]], gate: float, unit: str = "condition error"
+) -> Picture:
+    """Draw errors against how many terms tensor cores sum before they are added outside of them.
+
+    Parameters
+    ----------
+    errors
+        For each line's name the error for each number of terms.
+    gate
+        The largest error of a right float32 result.
+    unit
+        What the errors are.
+
+    Returns
+    -------
+    Picture
+        Both axes are logarithmic. The table has the numbers.
+    """
+    figure, (axes,) = _panels(1, height=3.4)
+    markers = "osD^v"
+    colors = (_BLUE, _GREEN, _ORANGE, _RED, _INK)
+    terms = sorted({count for line in errors.values() for count in line})
+    rows = [("terms", *map(str, terms))]
+    for (name, line), marker, color in zip(errors.items(), markers, colors, strict=False):
+        counts = sorted(line)
+        axes.plot(counts, [line[c] for c in counts], marker=marker, color=color, markersize=5,
+                  linewidth=1.2, label=name)  # fmt: skip
+        rows.append((name, *(f"{line[c]:.1f}" if c in line else "" for c in terms)))
+    axes.axhline(gate, color=_INK, linewidth=1.0, linestyle="--", label="gate")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(terms)
+    axes.set_xlabel("terms that tensor cores sum", fontsize=9, color=_INK)
+    axes.set_ylabel(unit, fontsize=9, color=_INK)
+    _plain(axes)
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.legend(fontsize=8, frameon=False)
+    return Picture(figure, "errors against the promotion interval", aligned(rows, left=(0,)))
 
 
 def banks(words: Mapping[str, np.ndarray] | Request, count: int = 32) -> Picture:

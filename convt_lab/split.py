@@ -14,7 +14,7 @@ precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -145,6 +145,7 @@ def matrix_product(
     parts: int = 1,
     interval: int | None = None,
     scaled: bool = False,
+    pairs: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
     """Multiply float32 matrices as tensor cores do.
 
@@ -161,6 +162,8 @@ def matrix_product(
         an ordinary addition adds that to the rest (*promotion*). All of them if None.
     scaled
         Whether to multiply both by `scale_of` first.
+    pairs
+        Other pairs of parts than `pairs_of` has, or in another order.
 
     Returns
     -------
@@ -178,7 +181,7 @@ def matrix_product(
     total = np.zeros((a.shape[0], b.shape[1]), dtype=np.float32)
     for first in range(0, len(steps), size):
         accumulator = np.zeros_like(total)
-        for i, j in pairs_of(parts):
+        for i, j in pairs_of(parts) if pairs is None else pairs:
             for k in steps[first : first + size]:
                 those = slice(k, k + format.depth)
                 accumulator = truncated(accumulator + left[i][:, those] @ right[j][those])

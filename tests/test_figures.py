@@ -204,6 +204,8 @@ PICTURES = {
     "halo": lambda: figures.halo((4, 8), (3, 7)),
     "flat_axis": lambda: figures.flat_axis((3, 5), 8, (2, 3)),
     "window": lambda: figures.window(20, 7, 28),
+    "fragments": lambda: figures.fragments(lane=5),
+    "promotion": lambda: figures.promotion({"a": {8: 1.5, 64: 9.0}, "b": {64: 3.0}}, gate=8.0),
     "banks": lambda: figures.banks({"a": LANE[:8, None] * 48 + np.arange(4)}),
     "coalescing": lambda: figures.coalescing(one_request("global", 8 * LANE)),
     "reuse": lambda: figures.reuse(a_report(), "x", (2, 2, 3)),
@@ -503,3 +505,60 @@ def test_speedups_without_some_choices_name_only_the_others():
     (axes,) = figures.speedups(few, operator_record.FORMS[0]).figure.axes
     assert axes.get_xlim()[0] < 0.9
     assert {t.get_text() for t in axes.get_legend().get_texts()} == {"pytorch", "one_channel"}
+
+
+def test_fragments_are_what_the_instruction_takes():
+    """Multiply numbers by the identity: each must come out where the picture says that it went."""
+    source = """
+    #include "mma.cuh"
+    __global__ void multiply(const float* a, const float* b, float* c) {
+      uint32_t left[4], right[2];
+      for (int i = 0; i < 4; ++i) left[i] = __float_as_uint(a[threadIdx.x * 4 + i]);
+      for (int i = 0; i < 2; ++i) right[i] = __float_as_uint(b[threadIdx.x * 2 + i]);
+      float sum[4] = {};
+      mma<Tf32>(sum, left, right);
+      for (int i = 0; i < 4; ++i) c[threadIdx.x * 4 + i] = sum[i];
+    }
+    """
+    program = lab.compile(source, backend="simulator")
+
+    def registers(name, matrix):
+        shape, holder = figures._FRAGMENTS[name]
+        held = np.full((32, np.prod(shape) // 32), np.nan, dtype=np.float32)
+        for place in np.ndindex(*shape):
+            held[holder(*place)] = matrix[place]
+        assert not np.isnan(held).any()  # each holds as many as the others
+        return held
+
+    def product(a, b):
+        c = np.full((32, 4), np.nan, dtype=np.float32)
+        program.launch("multiply", 1, 32, [registers("A", a), registers("B", b), c])
+        shape, holder = figures._FRAGMENTS["C"]
+        return np.array([[c[holder(i, j)] for j in range(shape[1])] for i in range(shape[0])])
+
+    a = np.arange(128.0).reshape(16, 8)
+    np.testing.assert_array_equal(product(a, np.eye(8)), a)
+    b = np.arange(64.0).reshape(8, 8)
+    np.testing.assert_array_equal(product(np.eye(16)[:, :8], b)[:8], b)
+
+
+def test_fragments_draws_all_lanes_and_frames_one():
+    picture = figures.fragments(lane=5)
+    assert [axes.get_title(loc="left") for axes in picture.figure.axes] == ["B", "A", "C"]
+    for axes in picture.figure.axes:
+        (rows, columns), holder = figures._FRAGMENTS[axes.get_title(loc="left")]
+        owners = {place: holder(*place)[0] for place in np.ndindex(rows, columns)}
+        assert numbers(axes) == owners
+        framed = {(int(p.get_y()), int(p.get_x())) for p in axes.patches if not p.get_fill()}
+        assert framed == {place for place, lane in owners.items() if lane == 5}
+
+
+def test_promotion_draws_each_line_and_the_gate():
+    picture = figures.promotion({"a": {8: 1.5, 64: 9.0}, "b": {64: 3.0}}, gate=8.0)
+    (axes,) = picture.figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["a"].get_xydata().tolist() == [[8, 1.5], [64, 9]]
+    assert lines["b"].get_xydata().tolist() == [[64, 3]]
+    assert set(lines["gate"].get_ydata()) == {8.0}
+    table = [line.split() for line in picture.table().splitlines()]
+    assert table == [["terms", "8", "64"], ["a", "1.5", "9.0"], ["b", "3.0"]]

@@ -124,6 +124,12 @@ def backward_over_forward() -> float:
     return counter.get_total_flops() / forward - 1
 
 
+def are_measured(*kernels: str) -> bool:
+    """Whether the ladder's record has one of them."""
+    shapes = records.load_named("nvidia-h200").shapes
+    return any(row.name in kernels for shape in shapes for row in shape.rows)
+
+
 @functools.cache
 def of_operator(form: int) -> tuple[operator_record.Case, ...]:
     """The operator chapter's cases of one of `FORMS`; 0, 2, 4: float32, TF32, float16."""
@@ -196,6 +202,9 @@ def share_of_two_longest() -> float:
 # what the cell beside it sets or prints.
 CLAIMS = {
     "intro": {
+        "its record does not have them": lambda: (
+            not are_measured("tensor_core", "tensor_core_split")
+        ),
         "number 65 of level 1": "level 1 #65" in Problem.named.__doc__,
         f"N = {STAR.batch}": True,
         f"C_in = {STAR.in_channels}, C_out = {STAR.out_channels}": True,
@@ -236,6 +245,13 @@ CLAIMS = {
         "3×7": lambda: lab.stages["winograd"].variant(STAR) == "F(2, 3)",
         "8 bytes": lambda: constant("winograd", "f23::WINDOW") % 4 == 2,  # a pair
     },
+    "tensor_core": {
+        "it has not been measured": lambda: (
+            not are_measured("tensor_core")
+            and not any("tensor_core" in c.kernels for form in range(6) for c in of_operator(form))
+        ),
+    },
+    "tensor_core_split": {},
     "ladder": {
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
     },

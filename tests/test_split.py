@@ -168,6 +168,18 @@ class TestMatrixProduct:
                 c = matrix_product(a, b, format, parts, interval=2, scaled=scaled)
                 assert np.array_equal(c, a @ b)
 
+    def test_pairs_of_ones_own(self):
+        """The fourth product of two parts is small, but float32 has room for it here."""
+        a, b = (np.full(s, 1 + 2.0**-11, dtype=np.float32) for s in ((1, 8), (8, 1)))
+        of_all = [(1, 1), *pairs_of(2)]
+        three, four, one = (
+            matrix_product(a, b, FORMATS["tf32"], 2, pairs=pairs)[0, 0]
+            for pairs in (None, of_all, [(0, 0)])
+        )
+        assert three == 8 * (1 + 2.0**-10)
+        assert four == 8 * (1 + 2.0**-11) ** 2 == three + 8 * 2.0**-22
+        assert one == 8 * (1 + 2.0**-10) ** 2
+
     @each_format
     def test_the_simulator_counts_its_multiply_adds(self, format):
         _, report = multiplied(format, random(16, 96), random(96, 8), trace=True)
