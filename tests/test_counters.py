@@ -12,6 +12,7 @@ from counter_cases import CASES, PATTERN_CASES, PROBLEMS, StageCase
 
 import convt_lab as lab
 from convt_lab.backend import kernel_headers
+from convt_lab.stages import kernels
 
 RECORDS = sorted((Path(__file__).parents[1] / "records").glob("*-counters.json"))
 
@@ -256,6 +257,26 @@ def test_the_report_is_the_same_every_time_and_in_every_process():
     }
     assert len(outputs) == 1
     assert json.loads(outputs.pop())[0]["fma"] == lab.Problem.named("star_small").multiply_adds
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_tensor_core_by_hand(name):
+    """Each warp with a pixel and a channel multiplies its whole tile, for all taps of its phase."""
+    problem = lab.Problem.named(name)
+    x, weight, bias = problem.random_inputs()
+    report = kernels["tensor_core"].profile(x, weight, bias, **problem.arguments)
+    assert problem.dilation == (1, 1)
+    instructions = 0
+    for first_h, first_w in np.ndindex(*problem.stride):
+        taps, pixels = 1, problem.batch
+        for axis, first in zip(problem.axes, (first_h, first_w), strict=True):
+            taps *= len(range((first + axis.padding) % axis.stride, axis.kernel, axis.stride))
+            pixels *= len(range(first, axis.out_size, axis.stride))
+        warps = -(-pixels // 64) * -(-problem.out_channels // 32)
+        instructions += warps * taps * -(-problem.in_channels // 8) * 2 * 8
+    assert report.tensor_fma == instructions * 16 * 8 * 8
+    assert report.fma == 0
+    assert report.totals["global_store_active_lanes"] == np.prod(problem.output_shape)
 
 
 def test_a_choice_of_blocks():
