@@ -1242,7 +1242,8 @@ def growth(record: Record) -> Picture:
 
 # How the operator's choices are marked: by shape and by colour. PyTorch's own is orange everywhere.
 _MARKS = {
-    "tensor_core": dict(marker="h", mfc=_BLUE, mec=_BLUE),
+    "hopper": dict(marker="p", mfc=_BLUE, mec=_BLUE),
+    "tensor_core": dict(marker="h", mfc="white", mec=_BLUE),
     "tensor_core_split": dict(marker="o", mfc=_BLUE, mec=_BLUE),
     "tensor_core_narrow": dict(marker="o", mfc="white", mec=_BLUE),
     "one_channel": dict(marker="^", mfc=_GREEN, mec=_GREEN),
