@@ -50,7 +50,14 @@ from convt_lab.build import (
 )
 from convt_lab.errors import KernelError
 
-__all__ = ["COMPILER_PACKAGES", "GPU", "architectures", "find_ninja", "find_toolkit"]
+__all__ = [
+    "COMPILER_PACKAGES",
+    "GPU",
+    "architectures",
+    "find_ninja",
+    "find_toolkit",
+    "has_own_instructions",
+]
 
 #: What holds nvcc for a torch from PyPI, where no CUDA toolkit is installed.
 COMPILER_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
@@ -111,7 +118,8 @@ def find_toolkit() -> Path | None:
 def architectures() -> str:
     """Return the architectures to build for, in the form of ``TORCH_CUDA_ARCH_LIST``.
 
-    That variable is honoured; without it (or with ``native``), the current device's own.
+    That variable is honoured; without it (or with ``native``), the current device's own, and for
+    compute capability 9.0 the variant that has all of its instructions, ``9.0a``.
 
     Raises
     ------
@@ -125,7 +133,29 @@ def architectures() -> str:
         major, minor = torch.cuda.get_device_capability()
     except Exception as error:  # of many kinds: no driver, a forked process, a wrong device
         raise BuildError(f"torch can't use the GPU: {_first_line(error)}") from error
-    return f"{major}.{minor}"
+    return _own_architecture((major, minor))
+
+
+def has_own_instructions(capability: tuple[int, int], architecture: str) -> bool:
+    """Return whether what is built for a GPU may use the instructions of an architecture alone.
+
+    Parameters
+    ----------
+    capability
+        The GPU's compute capability.
+    architecture
+        Such as ``"9.0a"``. Code for it runs on GPUs of compute capability 9.0, no older and no
+        newer ones; and a ``TORCH_CUDA_ARCH_LIST`` may leave it out.
+    """
+    if architecture != f"{capability[0]}.{capability[1]}a":
+        return False
+    chosen = _chosen_architectures()
+    built = _own_architecture(capability) if chosen is None else chosen
+    return architecture in re.split(r"[ ;+]+", built)
+
+
+def _own_architecture(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}{'a' if capability == (9, 0) else ''}"
 
 
 def _chosen_architectures() -> str | None:

@@ -74,6 +74,9 @@ class Kernel:
         size of which ``LAUNCHER_packed_bytes`` tells; it is written in each call.
     min_capability
         The least compute capability of a GPU that has its instructions.
+    architecture
+        The one architecture that has its instructions, such as ``"9.0a"``, or None. Elsewhere, and
+        on the simulator, the kernel is right but sums by the definition: slow.
     precision
         What float32 values are multiplied as: ``"float32"``, with its accuracy, by whatever means;
         or ``"tf32"``, rounded to 11 significant bits first. The operator takes a kernel of the
@@ -87,6 +90,7 @@ class Kernel:
     covers: Callable[[Problem], bool] = lambda problem: True
     packs_weights: bool = False
     min_capability: tuple[int, int] = (0, 0)
+    architecture: str | None = None
     precision: Literal["float32", "tf32"] = "float32"
 
     def supports(
@@ -423,6 +427,25 @@ def _fits_tensor_core_narrow(problem: Problem) -> bool:
     return inputs <= 512 and problem.height * problem.width < 2**31
 
 
+def _fits_hopper(problem: Problem) -> bool:
+    """Say what ``covers`` of kernels/hopper.cu says."""
+    counts, taps = [], []
+    for axis in problem.axes:
+        period = axis.stride * axis.i_step
+        if period > 16:
+            return False
+        counts.append(max(1, (axis.out_size - 1) // period + 1))
+        taps.append((axis.kernel - 1) // axis.k_step + 1)
+    images = 1100 // (counts[0] * counts[1]) + 3
+    inputs = images * problem.in_channels * problem.height * problem.width
+    positions = 2 * problem.batch * (counts[0] + taps[0]) * (counts[1] + taps[1] + 2)
+    return (
+        min(problem.in_channels, problem.out_channels) // problem.groups >= 16
+        and (taps[0] - 1) * (taps[1] + 33) + taps[1] <= 700
+        and max(inputs, positions) < 2_147_000_000
+    )
+
+
 #: Kernels that are no rungs, which serve the operator.
 _OTHERS = (
     Kernel(
@@ -460,6 +483,14 @@ _OTHERS = (
         covers=_fits_tensor_core_narrow,
         packs_weights=True,
         min_capability=(8, 0),
+    ),
+    Kernel(
+        "hopper",
+        "Hopper's tensor cores, with float32 in two float16 parts.",
+        covers=_fits_hopper,
+        packs_weights=True,
+        min_capability=(9, 0),
+        architecture="9.0a",
     ),
 )
 

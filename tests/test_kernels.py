@@ -1,12 +1,14 @@
 """The kernels that are no rungs against float64, on what they cover, in every type."""
 
 import dataclasses
+import math
 import os
 import re
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from strategies import inputs, problem_set
 
 import convt_lab as lab
@@ -31,6 +33,10 @@ IN_ORDER = ["one_channel", "few_channels"]
 
 #: Those that take every legal problem, in every type, and hand down what they have no way for.
 COMPLETE = ["tensor_core"]
+
+#: Of a call, where they are not one, or two with one that packs weights: scale, pack, multiply and
+#: repair.
+LAUNCHES = {"hopper": 4}
 
 #: Of one rounding to the type.
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -119,6 +125,22 @@ MORE = [
     lab.Problem(1, 2, 9, 70, 70, kernel_size=1),
     lab.Problem(1, 2, 2, 3, 66_003, kernel_size=3, padding=(1, 33_000)),
     lab.Problem(1, 90, 1, 2, 3, kernel_size=9, stride=2, padding=4, bias=True),
+    # Sixteen channels and more on both sides.
+    lab.Problem(2, 40, 72, 5, 7, kernel_size=2, stride=2),
+    lab.Problem(1, 72, 130, 4, 5, kernel_size=1, bias=True),
+    lab.Problem(1, 16, 16, 9, 70, kernel_size=7, padding=3),
+    lab.Problem(3, 20, 24, 5, 6, kernel_size=4, stride=2, padding=1, bias=True),
+    lab.Problem(
+        2, 32, 48, 6, 7, kernel_size=(3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1),
+        groups=2, bias=True,
+    ),
+    lab.Problem(1, 33, 17, 11, 13, kernel_size=(3, 7)),
+    lab.Problem(2, 36, 80, 1, 1, kernel_size=4, bias=True),
+    lab.Problem(5, 16, 16, 3, 3, kernel_size=3, padding=1),
+    lab.Problem(1, 16, 16, 2, 1100, kernel_size=(3, 7)),
+    lab.Problem(1, 16, 66, 6, 5, kernel_size=3, stride=2, padding=1, output_padding=1),
+    lab.Problem(1, 18, 19, 4, 6, kernel_size=(11, 3), padding=(5, 1), bias=True),
+    lab.Problem(1, 17, 16, 3, 4, kernel_size=(1, 2), stride=(3, 2), bias=True),
 ]  # fmt: skip
 
 
@@ -252,13 +274,77 @@ def test_values_near_the_smallest_keep_their_digits(kernel, where, exponent, dev
     if kernel in COMPLETE:  # or it would be another's
         problem = dataclasses.replace(problem, out_channels=20)
     elif not kernels[kernel].supports(problem):
-        problem = dataclasses.replace(problem, out_channels=20, groups=20)
+        others = [
+            dataclasses.replace(problem, out_channels=20, groups=groups) for groups in (1, 20)
+        ]
+        problem = next(other for other in others if kernels[kernel].supports(other))
     x, weight, bias = data_of(problem)
     small, large = (x, weight) if where == "x" else (weight, x)
     small *= 2.0**exponent
     large *= 2.0**60
     y = run(kernel, x, weight, bias, device, **problem.arguments)
     assert_float32_is_right(kernel, y, x, weight, bias, problem, device)
+
+
+@pytest.mark.gpu
+class TestHopper:
+    """Two float16 parts, a scale for each chunk, sums that are cut off: what could go wrong."""
+
+    PROBLEMS = (
+        lab.Problem(2, 64, 64, 40, 50, kernel_size=(3, 7), bias=True),
+        lab.Problem(2, 100, 200, 19, 31, kernel_size=4, stride=2, padding=1),
+        lab.Problem(1, 256, 128, 24, 24, kernel_size=1),
+        lab.Problem(16, 512, 256, 4, 4, kernel_size=2, stride=2),
+    )
+
+    @staticmethod
+    def judge(problem, x, weight, bias, gate=FLOAT32_GATE):
+        """Compare with float64 on the GPU, where large problems take no time."""
+        y = kernels["hopper"](x, weight, bias, **problem.arguments).double()
+        x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
+        expected = F.conv_transpose2d(x, weight, bias, **problem.arguments)
+        finite = expected.isfinite()
+        assert torch.equal(y[~finite].nan_to_num(1.5), expected[~finite].nan_to_num(1.5))
+        x, weight, bias = (
+            None if t is None else t.abs().nan_to_num(0, 0) for t in (x, weight, bias)
+        )
+        scale = 2.0**-24 * F.conv_transpose2d(x, weight, bias, **problem.arguments)
+        assert ((y - expected).abs()[finite] <= gate * scale[finite]).all()
+
+    @pytest.mark.parametrize("number", range(len(PROBLEMS)))
+    @pytest.mark.parametrize("kind", ["normal", "positive", "lognormal", "channels", "apart"])
+    def test_inputs_of_many_kinds(self, number, kind):
+        problem = self.PROBLEMS[number]
+        x, weight, bias = (None if t is None else t.cuda() for t in inputs(problem, seed=number))
+        # Tensor cores cut off what they sum: that adds up where all products have one sign, and
+        # counts where a few of them are nearly all of an output.
+        gate = FLOAT32_GATE * (1.75 if kind in ("positive", "channels") else 1)
+        if kind == "positive":
+            x, weight = x.abs(), weight.abs()
+        elif kind == "lognormal":
+            x = x.exp()
+        elif kind == "channels":
+            scales = 10.0 ** (6 * torch.rand(problem.in_channels, generator=torch.Generator()) - 3)
+            x = x * scales.cuda()[:, None, None]
+        elif kind == "apart":  # too far for one scale, and infinite
+            x[:, :, ::2] *= 1e-12
+            x[0, 0, 0, 0], x[0, -1, -1, -1] = math.inf, 1e30
+        self.judge(problem, x, weight, bias, gate)
+
+    def test_weights_that_are_far_apart(self):
+        problem = self.PROBLEMS[0]
+        x, weight, bias = (t.cuda() for t in inputs(problem))
+        weight[:32, :7] *= 1e-12
+        weight[3, 9, 1, 2] = math.nan
+        self.judge(problem, x, weight, bias)
+
+    def test_a_scale_is_found_anew_where_it_must_be(self):
+        problem = lab.Problem(4, 64, 64, 60, 60, kernel_size=3)
+        x, weight, bias = (None if t is None else t.cuda() for t in inputs(problem))
+        for n, factor in enumerate((1e20, 1e-20, 0.0, 1.0)):
+            x[n] *= factor
+        x[3, 16:32] = 0
+        self.judge(problem, x, weight, bias)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -343,11 +429,12 @@ class TestWhatIsCovered:
                 answers.add(answer)
                 if answer:
                     # What every architecture has that the kernel is for.
-                    most = (96 if kernels[kernel].min_capability >= (8, 0) else 60) * 1024
+                    least = kernels[kernel].min_capability
+                    most = (227 if least >= (9, 0) else 96 if least >= (8, 0) else 60) * 1024
                     launches = kernels[kernel].launches(problem, most, dtype)
-                    assert len(launches) == 1 + kernels[kernel].packs_weights
-                    assert launches[-1].shared_bytes <= most
-                else:
+                    assert len(launches) == LAUNCHES.get(kernel, 1 + kernels[kernel].packs_weights)
+                    assert max(launch.shared_bytes for launch in launches) <= most
+                elif dtype in kernels[kernel].dtypes:
                     with pytest.raises(lab.KernelError):
                         kernels[kernel].launches(problem, dtype=dtype)
         assert answers == ({True} if kernel in COMPLETE else {False, True})
@@ -365,7 +452,10 @@ class TestWhatIsCovered:
         x, weight, _ = inputs(lab.Problem(1, 1, 1, 5, 5, kernel_size=3))
         with pytest.raises(TypeError, match="x has dtype"):
             kernels[kernel](x.double(), weight.double())
-        with pytest.raises(TypeError, match=r"weight has dtype torch\.float16 and x"):
+        other = (
+            "and x" if torch.float16 in kernels[kernel].dtypes else "; this kernel is for float32"
+        )
+        with pytest.raises(TypeError, match=rf"weight has dtype torch\.float16 ?{other}"):
             kernels[kernel](x, weight.half())
         assert not kernels[kernel].supports(lab.Problem(), torch.float64)
 

@@ -12,6 +12,7 @@ import convt_lab as lab
 from convt_lab.architectures import ARCHITECTURES
 from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.gpu import find_toolkit
+from convt_lab.stages import kernels
 
 pytestmark = pytest.mark.skipif(find_toolkit() is None, reason="needs nvcc: no CUDA toolkit found")
 
@@ -19,8 +20,13 @@ pytestmark = pytest.mark.skipif(find_toolkit() is None, reason="needs nvcc: no C
 OTHERS = sorted({path.stem for path in KERNEL_FOLDER.glob("*.cu")} - set(lab.stages))
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-@pytest.mark.parametrize("name", OTHERS)
+CASES = [
+    *((name, architecture) for name in OTHERS for architecture in ARCHITECTURES),
+    *((n, f"sm_{k.architecture.replace('.', '')}") for n, k in kernels.items() if k.architecture),
+]
+
+
+@pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_no_warnings_and_no_spills(name, architecture, tmp_path):
     command = [
         str(find_toolkit() / "bin" / "nvcc"),

@@ -37,3 +37,28 @@ inline __half __float2half_rn(float a) {
   return {static_cast<std::uint16_t>(sign | rounded)};
 }
 inline __half __float2half(float a) { return __float2half_rn(a); }
+
+// Pairs, of which no more is done than rounding and comparing.
+struct alignas(4) __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float a, float b) {
+  return {__float2half_rn(a), __float2half_rn(b)};
+}
+inline __half2 __float2half2_rn(float a) { return __floats2half2_rn(a, a); }
+inline float2 __half22float2(__half2 a) {
+  return make_float2(__half2float(a.x), __half2float(a.y));
+}
+inline __half __low2half(__half2 a) { return a.x; }
+inline __half __high2half(__half2 a) { return a.y; }
+inline __half2 __habs2(__half2 a) {
+  const auto abs = [](__half b) { return __half{static_cast<std::uint16_t>(b.bits & 0x7FFFu)}; };
+  return {abs(a.x), abs(a.y)};
+}
+// The larger, or the one that is a number.
+inline __half __hmax(__half a, __half b) {
+  const float left = __half2float(a), right = __half2float(b);
+  return right != right || left >= right ? a : b;
+}
+inline __half2 __hmax2(__half2 a, __half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }
