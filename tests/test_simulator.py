@@ -300,6 +300,25 @@ class TestFaults:
             launch(source, 1, 1, [np.zeros(1, np.int32)], shared_bytes=230000)
 
 
+def test_pairs_of_float16_are_rounded_and_compared():
+    source = """
+    #include <cuda_fp16.h>
+    __global__ void run(const float* x, float* y) {
+      const __half2 a = __floats2half2_rn(x[0], x[1]), b = __float2half2_rn(x[2]);
+      const float2 largest = __half22float2(__hmax2(__habs2(a), b));
+      y[0] = largest.x;
+      y[1] = largest.y;
+      y[2] = __half2float(__hmax(__low2half(a), __high2half(a)));
+    }"""
+    out = np.zeros(3, np.float32)
+    x = np.array([-3.1, 0.2, 1.1], np.float32)
+    launch(source, 1, 1, [x, out])
+    a, b, c = x.astype(np.float16).astype(np.float32)
+    assert out.tolist() == [-a, c, b]
+    launch(source, 1, 1, [np.array([np.nan, -np.inf, 2.0], np.float32), out])
+    assert out.tolist() == [2.0, np.inf, -np.inf]  # what is a number is larger than what is none
+
+
 def test_the_ucontext_fallback_runs_the_same_programs(tmp_path):
     """The portable way to switch stacks, used where there is no hand-written one."""
     code = """

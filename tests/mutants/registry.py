@@ -270,6 +270,22 @@ KERNELS = (
         "[cpu-settings3-inf-register_blocked]",
     ),
     mutant(
+        "the-last-tile-is-nobodys",
+        "tiles of the flat axis are counted without the last, which is not full",
+        "kernels/hopper.cu",
+        "plan.tiles_f = static_cast<int>(ceil_div(flat, plan.tile_pixels()));",
+        "plan.tiles_f = static_cast<int>(max(flat / plan.tile_pixels(), int64_t{1}));",
+        "test_kernels.py::TestValues::test_float64_agrees[cpu-hopper]",
+    ),
+    mutant(
+        "hoppers-instructions-on-every-gpu",
+        "a kernel is chosen on GPUs that don't have its instructions",
+        "dispatch.py",
+        "has_own_instructions(capability, kernel.architecture)\n",
+        "True\n",
+        "test_dispatch.py::TestWithoutAKernel::test_hoppers_own_are_for_hopper_alone",
+    ),
+    mutant(
         "winograd-with-a-wrong-sign",
         "the third of the transformed weights has the second's sign",
         "kernels/winograd.cu",
