@@ -783,7 +783,10 @@ inline bool cut(const ConvTransposeProblem& p, const Axis& rows, const Axis& col
   plan.tiles_f = static_cast<int>(ceil_div(flat, plan.tile_pixels()));
   plan.tiles = static_cast<unsigned>(plan.tiles_f) * plan.stripes * plan.phases_h * plan.phases_w *
                plan.parts_co * p.groups;
-  return Shared::bytes(plan) <= MAX_SHARED_BYTES;
+  // Stripes may be so narrow that a tile has parts of many images.
+  const int64_t images = plan.region / (static_cast<int64_t>(plan.rows) * plan.pitch) + 2;
+  const double offsets = 1.0 * images * p.in_channels * p.height * p.width;
+  return offsets <= INT32_MAX && Shared::bytes(plan) <= MAX_SHARED_BYTES;
 }
 
 // Fills a plan; returns whether the problem is one for this kernel.
