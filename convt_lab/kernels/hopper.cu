@@ -12,7 +12,8 @@
 // Float32 is split in two halves: x s = x0 + x1 / 2048, with a power of two s that brings a chunk's
 // largest input near 2^14. x0 w0 + (x0 w1 + x1 w0) / 2048 leaves out less than 2^-22 of x w. Tensor
 // cores cut off what they sum; so every few taps the sum so far, divided by s, is added to
-// registers with rounding.
+// registers with rounding. Where all products have one sign, that is still some units of the last
+// place: more than for other sums, and a third of what a chain of FMAs makes of them.
 //
 // Warps have roles: eight bring inputs and weights, two groups of four multiply. They hand on
 // buffers, and never meet at a barrier of the block.
