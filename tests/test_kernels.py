@@ -298,9 +298,9 @@ class TestHopper:
     )
 
     @staticmethod
-    def judge(problem, x, weight, bias, gate=FLOAT32_GATE):
-        """Compare with float64 on the GPU, where large problems take no time."""
-        y = kernels["hopper"](x, weight, bias, **problem.arguments).double()
+    def error(kernel, problem, x, weight, bias):
+        """Return the condition error against float64, on the GPU, where that takes no time."""
+        y = kernels[kernel](x, weight, bias, **problem.arguments).double()
         x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
         expected = F.conv_transpose2d(x, weight, bias, **problem.arguments)
         finite = expected.isfinite()
@@ -309,16 +309,14 @@ class TestHopper:
             None if t is None else t.abs().nan_to_num(0, 0) for t in (x, weight, bias)
         )
         scale = 2.0**-24 * F.conv_transpose2d(x, weight, bias, **problem.arguments)
-        assert ((y - expected).abs()[finite] <= gate * scale[finite]).all()
+        error = (y - expected).abs()[finite]
+        return torch.where(error == 0, 0.0, error / scale[finite]).max().item()
 
     @pytest.mark.parametrize("number", range(len(PROBLEMS)))
     @pytest.mark.parametrize("kind", ["normal", "positive", "lognormal", "channels", "apart"])
     def test_inputs_of_many_kinds(self, number, kind):
         problem = self.PROBLEMS[number]
         x, weight, bias = (None if t is None else t.cuda() for t in inputs(problem, seed=number))
-        # Tensor cores cut off what they sum: that adds up where all products have one sign, and
-        # counts where a few of them are nearly all of an output.
-        gate = FLOAT32_GATE * (1.75 if kind in ("positive", "channels") else 1)
         if kind == "positive":
             x, weight = x.abs(), weight.abs()
         elif kind == "lognormal":
@@ -329,14 +327,20 @@ class TestHopper:
         elif kind == "apart":  # too far for one scale, and infinite
             x[:, :, ::2] *= 1e-12
             x[0, 0, 0, 0], x[0, -1, -1, -1] = math.inf, 1e30
-        self.judge(problem, x, weight, bias, gate)
+        error, gate = self.error("hopper", problem, x, weight, bias), FLOAT32_GATE
+        if kind in ("positive", "channels"):
+            # Nothing cancels, or a few products are nearly all of an output: float32's own FMAs
+            # leave the gate there, and tensor cores cut off what they sum.
+            chain = self.error("register_blocked", problem, x, weight, bias)
+            gate = min(1.75 * FLOAT32_GATE, max(FLOAT32_GATE, chain))
+        assert error <= gate
 
     def test_weights_that_are_far_apart(self):
         problem = self.PROBLEMS[0]
         x, weight, bias = (t.cuda() for t in inputs(problem))
         weight[:32, :7] *= 1e-12
         weight[3, 9, 1, 2] = math.nan
-        self.judge(problem, x, weight, bias)
+        assert self.error("hopper", problem, x, weight, bias) <= FLOAT32_GATE
 
     def test_a_scale_is_found_anew_where_it_must_be(self):
         problem = lab.Problem(4, 64, 64, 60, 60, kernel_size=3)
@@ -344,7 +348,7 @@ class TestHopper:
         for n, factor in enumerate((1e20, 1e-20, 0.0, 1.0)):
             x[n] *= factor
         x[3, 16:32] = 0
-        self.judge(problem, x, weight, bias)
+        assert self.error("hopper", problem, x, weight, bias) <= FLOAT32_GATE
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -12,8 +12,11 @@
 // Float32 is split in two halves: x s = x0 + x1 / 2048, with a power of two s that brings a chunk's
 // largest input near 2^14. x0 w0 + (x0 w1 + x1 w0) / 2048 leaves out less than 2^-22 of x w. Tensor
 // cores cut off what they sum; so every few taps the sum so far, divided by s, is added to
-// registers with rounding. Where all products have one sign, that is still some units of the last
-// place: more than for other sums, and a third of what a chain of FMAs makes of them.
+// registers with rounding. That errs to one side, so it adds up where all products have one sign.
+//
+// What is not finite, or has eight neighbouring channels too small for their chunk's scale, is
+// summed by the definition in a kernel of its own. Of eight channels, small ones keep fewer digits
+// if the largest is more than 2^26 times as large.
 //
 // Warps have roles: eight bring inputs and weights, two groups of four multiply. They hand on
 // buffers, and never meet at a barrier of the block.
@@ -25,6 +28,7 @@
 #include "blocking.cuh"
 #include "flat.cuh"
 #include "phase.cuh"
+#include "split_tile.cuh"
 #include "wgmma.cuh"
 
 namespace warpgroups {
@@ -48,8 +52,6 @@ constexpr int MAX_STRIPES = 64, NARROW_STRIPE = 32;
 constexpr int MAX_PERIOD = 16;    // phases of an axis
 constexpr int MAX_REGION = 1100;  // inputs of a tile
 constexpr int MAX_SHARED_BYTES = 227 * 1024;
-constexpr int BATCH = 2;    // octets that a thread loads at once
-constexpr int ROUNDED = 4;  // steps after which sums are rounded
 
 constexpr int PART_BYTES = CO * CI * 2;  // of weights of 64 channels
 constexpr int STEP_BYTES = 2 * PART_BYTES;
@@ -58,7 +60,7 @@ constexpr int STEP_BYTES = 2 * PART_BYTES;
 // are up to 2^28 times smaller than the largest.
 constexpr float SECOND_SCALE = 2048.0f;
 constexpr int LARGEST_EXPONENT = 13;
-constexpr float TOO_LARGE = 0x1p15f, TOO_SMALL = 0x1p8f, TOO_SMALL_TO_SPLIT = 0x1p-10f;
+constexpr float TOO_SMALL_TO_SPLIT = 0x1p-10f;
 
 // What outputs of a tile are to be summed again: those that are not finite, or all.
 enum Flag : char { NONE, SOME, ALL };
@@ -217,7 +219,10 @@ __global__ void __launch_bounds__(SCALERS)
     const float value = fabsf(from[ci * group_out * filter_size + i % filter_size]);
     if (value <= FLT_MAX) mine = max(mine, __float_as_uint(value));
   }
-  atomicMax(&largest, largest_of_warp(mine));
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    mine = max(mine, __shfl_xor_sync(0xFFFFFFFFu, mine, lanes));
+  }
+  if (threadIdx.x % 32 == 0) atomicMax(&largest, mine);
   __syncthreads();
   float scale, inverse;
   find_scale(__uint_as_float(largest), scale, inverse);
@@ -323,7 +328,14 @@ struct Shared {
   }
 };
 
+#if HAS_WGMMA
+
 // ---- Roles -------------------------------------------------------------------------------------
+
+constexpr int BATCH = 2;    // octets that a thread loads at once
+constexpr int ROUNDED = 4;  // steps after which sums are rounded
+// Of a stage's largest input: then its scale is found anew.
+constexpr float TOO_LARGE = 0x1p15f, TOO_SMALL = 0x1p8f;
 
 // One thread asks for the weights of all tiles, slot after slot.
 __device__ __forceinline__ void bring_weights(const Shared& shared, const char* packed,
@@ -349,13 +361,9 @@ __device__ __forceinline__ void bring_weights(const Shared& shared, const char* 
 
 // A load that stays where it is: the compiler would move it to where its value is used.
 __device__ __forceinline__ float load(const float* from) {
-#if HAS_WGMMA
   float value;
   asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(from));
   return value;
-#else
-  return *from;
-#endif
 }
 
 // Calls visit(values, i, exists) for those of a stage's octets that are the thread's; the i-th is
@@ -466,7 +474,7 @@ __device__ __forceinline__ void bring_inputs(const Shared& shared, const float* 
             if (exists && value <= FLT_MAX) finite = max(finite, __float_as_uint(value));
           }
         });
-        atomicMax(&barriers.largest, largest_of_warp(finite));
+        atomicMax(&barriers.largest, __reduce_max_sync(0xFFFFFFFFu, finite));
         any_of<MEETING, CONVERTERS>(false);
         find_scale(__uint_as_float(barriers.largest), scale, inverse);
         convert();
@@ -665,6 +673,8 @@ __device__ __forceinline__ void multiply_tiles(const Shared& shared, int warpgro
   }
 }
 
+#endif  // HAS_WGMMA
+
 __global__ void __launch_bounds__(THREADS, 1)
     hopper_kernel(const float* __restrict__ input, const float* __restrict__ bias,
                   const float* __restrict__ inverses, const char* __restrict__ packed,
@@ -708,12 +718,12 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // Sums outputs again, by the definition: those of tiles that have a flag.
-__global__ void __launch_bounds__(REPAIRERS)
+__global__ void __launch_bounds__(REPAIRERS, 2)
     hopper_repair_kernel(const float* __restrict__ input, const float* __restrict__ weight,
                          const float* __restrict__ bias, float* __restrict__ output,
                          const char* __restrict__ flags, ConvTransposeProblem p, Axis rows,
                          Axis columns, Plan plan) {
-  const int group_out = p.out_channels / p.groups, group_in = p.in_channels / p.groups;
+  const int group_out = p.out_channels / p.groups;
   const int pixels = plan.tile_pixels(), count_co = CO * plan.tile_parts();
   for (unsigned tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     const char flag = flags[tile];
@@ -729,33 +739,23 @@ __global__ void __launch_bounds__(REPAIRERS)
       const int oh = task.along_h.first + at.row * period_of(rows);
       const int ow = task.along_w.first + column * period_of(columns);
       const int channel = task.group * group_out + co;
-      const int64_t image = static_cast<int64_t>(at.n) * p.out_channels + channel;
-      float& y = output[(image * p.out_height + oh) * p.out_width + ow];
-      if (flag == SOME && fabsf(y) <= FLT_MAX) continue;
-      const float* const planes =
-          input + (static_cast<int64_t>(at.n) * p.in_channels + task.group * group_in) *
-                      (static_cast<int64_t>(p.height) * p.width);
-      const float* const filters =
-          weight + (static_cast<int64_t>(task.group) * group_in * group_out + co) *
-                       (p.kernel_h * p.kernel_w);
-      y = sum_of_taps(planes, filters, p, rows, columns, oh, ow) +
-          (bias == nullptr ? -0.0f : bias[channel]);
+      if (flag == ALL) {
+        output[tensor::place_of_output<false>(p, at.n, channel, oh, ow)] = not_a_number();
+      }
+      tensor::sum_again<false>(output, input, weight, bias, p, rows, columns, at.n, channel, oh,
+                               ow);
     }
   }
 }
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-inline int most_taps(const Axis& axis) { return (axis.kernel - 1) / axis.k_step + 1; }
 inline int64_t most_outputs(const Axis& axis) { return (axis.out_size - 1) / period_of(axis) + 1; }
 
 // Bounded are what must fit into shared memory, and what is counted in 32 bits. With few channels
 // most of the tensor cores' work would be in vain. convt_lab/stages.py says the same.
 inline bool covers(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns) {
-  const auto has_long_period = [](const Axis& axis) {
-    return static_cast<int64_t>(axis.stride) * axis.i_step > MAX_PERIOD;
-  };
-  if (has_long_period(rows) || has_long_period(columns)) return false;
+  if (has_more_phases(rows, MAX_PERIOD) || has_more_phases(columns, MAX_PERIOD)) return false;
   const int64_t taps_h = most_taps(rows), taps_w = most_taps(columns);
   const int64_t count_h = most_outputs(rows), count_w = most_outputs(columns);
   const int64_t images = MAX_REGION / (count_h * count_w) + 3;  // of a tile

@@ -31,3 +31,10 @@ __host__ __device__ __forceinline__ Phase phase_of(const Axis& axis, int first) 
   const int size = residue < axis.size ? (axis.size - residue - 1) / axis.i_step + 1 : 0;
   return {first, count, taps.count, taps.k, (taps.i - residue) / axis.i_step, residue, size};
 }
+
+// How many taps a phase of an axis has at most.
+inline int most_taps(const Axis& axis) { return (axis.kernel - 1) / axis.k_step + 1; }
+
+inline bool has_more_phases(const Axis& axis, int count) {
+  return static_cast<int64_t>(axis.stride) * axis.i_step > count;
+}

@@ -632,10 +632,7 @@ static Plan plan(const float* input, const ConvTransposeProblem& p, const Axis& 
   using S = Sizes<WARPS_CO, THREAD_W>;
   Plan plan;
   Tiling& tiles = plan.tiles;
-  const auto has_long_period = [](const Axis& axis) {
-    return static_cast<int64_t>(axis.stride) * axis.i_step > MAX_PERIOD;
-  };
-  if (has_long_period(rows) || has_long_period(columns)) return plan;
+  if (has_more_phases(rows, MAX_PERIOD) || has_more_phases(columns, MAX_PERIOD)) return plan;
   const Largest along_h = largest_phase(rows), along_w = largest_phase(columns);
   const int vector = columns.i_step == 1 && has_aligned_rows(input, p) ? 4 : 1;
   const int group_in = p.in_channels / p.groups;

@@ -352,17 +352,12 @@ inline Reach reach_of_phases(const Axis& axis, int phases) {
   return reach;
 }
 
-inline int most_taps(const Axis& axis) { return (axis.kernel - 1) / axis.k_step + 1; }
-
 // Bounded are what a plan has room for and what must fit into shared memory; convt_lab/stages.py
 // says the same.
 inline bool covers(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns) {
-  const auto has_long_period = [](const Axis& axis) {
-    return static_cast<int64_t>(axis.stride) * axis.i_step > MAX_PERIOD;
-  };
   // Phases' first inputs are up to two apart.
   const int64_t reach_h = most_taps(rows) + 1, reach_w = most_taps(columns) + 1;
-  return !has_long_period(rows) && !has_long_period(columns) &&
+  return !has_more_phases(rows, MAX_PERIOD) && !has_more_phases(columns, MAX_PERIOD) &&
          (8 + reach_h) * (8 + reach_w) <= 560 &&
          static_cast<int64_t>(p.height) * p.width <= INT32_MAX;
 }

@@ -10,17 +10,17 @@
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HAS_WGMMA 1
 #else
-#define HAS_WGMMA 0  // then this is not called
+#define HAS_WGMMA 0
 #endif
 
 namespace warpgroups {
 
-__device__ __forceinline__ uint32_t address_of(const void* shared) {
+constexpr int WGMMA_COLUMNS = 168;
+
 #if HAS_WGMMA
+
+__device__ __forceinline__ uint32_t address_of(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-#else
-  return 0;
-#endif
 }
 
 // ---- Barriers ----------------------------------------------------------------------------------
@@ -28,20 +28,15 @@ __device__ __forceinline__ uint32_t address_of(const void* shared) {
 // A phase of a barrier is over when so many have arrived and so many bytes as were announced have
 // come. A thread waits for phase 0, 1, 2, ... by its parity; phase -1 is over from the start.
 __device__ __forceinline__ void initialise(uint64_t* barrier, int arrivals) {
-#if HAS_WGMMA
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(arrivals));
-#endif
 }
 
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
-#if HAS_WGMMA
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(barrier)) : "memory");
-#endif
 }
 
 // The loop is not the compiler's, which would think that a warp's lanes part here.
 __device__ __forceinline__ void wait(uint64_t* barrier, unsigned parity) {
-#if HAS_WGMMA
   asm volatile(
       "{\n.reg .pred over;\n"
       "again:\n"
@@ -49,34 +44,28 @@ __device__ __forceinline__ void wait(uint64_t* barrier, unsigned parity) {
       "@!over bra again;\n}" ::"r"(address_of(barrier)),
       "r"(parity)
       : "memory");
-#endif
 }
 
 // Arrives, and starts a copy of `bytes` (a multiple of 16) for which the phase will last.
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes,
                                           uint64_t* barrier) {
-#if HAS_WGMMA
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(address_of(shared)),
       "l"(global), "r"(bytes), "r"(address_of(barrier))
       : "memory");
-#endif
 }
 
 // What a thread wrote to shared memory can be read by the tensor cores after the next barrier.
 __device__ __forceinline__ void show_tensor_cores() {
-#if HAS_WGMMA
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 
 // Whether any of COUNT threads says so. They wait for each other, at the block's barrier ID.
 template <int ID, int COUNT>
 __device__ __forceinline__ bool any_of(bool says) {
-  unsigned any = says;
-#if HAS_WGMMA
+  unsigned any;
   asm volatile(
       "{\n.reg .pred mine, any;\n"
       "setp.ne.u32 mine, %1, 0;\n"
@@ -85,45 +74,27 @@ __device__ __forceinline__ bool any_of(bool says) {
       : "=r"(any)
       : "r"(static_cast<unsigned>(says)), "n"(ID), "n"(COUNT)
       : "memory");
-#endif
   return any != 0;
-}
-
-// The largest of a warp's values.
-__device__ __forceinline__ unsigned largest_of_warp(unsigned value) {
-#if HAS_WGMMA
-  return __reduce_max_sync(0xFFFFFFFFu, value);
-#else
-  return value;
-#endif
 }
 
 // Half of COUNT threads wait at the block's barrier `id` until the other half lets them go on.
 template <int COUNT>
 __device__ __forceinline__ void wait_turn(int id) {
-#if HAS_WGMMA
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "n"(COUNT) : "memory");
-#endif
 }
 template <int COUNT>
 __device__ __forceinline__ void let_go(int id) {
-#if HAS_WGMMA
   asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "n"(COUNT) : "memory");
-#endif
 }
 
 // How many registers a warp's threads have from now on; all of a warpgroup ask for it.
 template <int COUNT>
 __device__ __forceinline__ void keep_registers() {
-#if HAS_WGMMA
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-#endif
 }
 template <int COUNT>
 __device__ __forceinline__ void take_registers() {
-#if HAS_WGMMA
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-#endif
 }
 
 // ---- The instruction ---------------------------------------------------------------------------
@@ -139,7 +110,6 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int next) {
 // g = lane / 4 and t = lane % 4, of the columns 8 j and on
 //
 //     d[4 j], d[4 j + 1]   row g, columns 2t and 2t + 1;   d[4 j + 2], d[4 j + 3]   row g + 8.
-constexpr int WGMMA_COLUMNS = 168;
 using Product = float[WGMMA_COLUMNS / 2];
 
 #define REGISTERS4(mode, d, i) mode(d[i]), mode(d[i + 1]), mode(d[i + 2]), mode(d[i + 3])
@@ -165,29 +135,19 @@ using Product = float[WGMMA_COLUMNS / 2];
 
 // d = a * b, or d += a * b, as soon as may be: begin, multiply and multiply, send, finish.
 __device__ __forceinline__ void multiply_first(Product& d, uint64_t a, uint64_t b) {
-#if HAS_WGMMA
   asm volatile(WGMMA("0") : REGISTERS(WRITTEN, d) : "l"(a), "l"(b));
-#endif
 }
 __device__ __forceinline__ void multiply(Product& d, uint64_t a, uint64_t b) {
-#if HAS_WGMMA
   asm volatile(WGMMA("1") : REGISTERS(CHANGED, d) : "l"(a), "l"(b));
-#endif
 }
 __device__ __forceinline__ void begin_products() {
-#if HAS_WGMMA
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
 }
 __device__ __forceinline__ void send_products() {
-#if HAS_WGMMA
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
 }
 __device__ __forceinline__ void finish_products(Product& d) {
-#if HAS_WGMMA
   asm volatile("wgmma.wait_group.sync.aligned 0;" : REGISTERS(CHANGED, d)::"memory");
-#endif
 }
 
 #undef WGMMA
@@ -196,5 +156,7 @@ __device__ __forceinline__ void finish_products(Product& d) {
 #undef REGISTERS
 #undef REGISTERS16
 #undef REGISTERS4
+
+#endif  // HAS_WGMMA
 
 }  // namespace warpgroups
