@@ -1243,6 +1243,7 @@ def growth(record: Record) -> Picture:
 # How the operator's choices are marked: by shape and by colour. PyTorch's own is orange everywhere.
 _MARKS = {
     "hopper": dict(marker="p", mfc=_BLUE, mec=_BLUE),
+    "hopper_single": dict(marker="p", mfc="white", mec=_BLUE),
     "tensor_core": dict(marker="h", mfc="white", mec=_BLUE),
     "tensor_core_split": dict(marker="o", mfc=_BLUE, mec=_BLUE),
     "tensor_core_narrow": dict(marker="o", mfc="white", mec=_BLUE),

@@ -76,7 +76,8 @@ class Kernel:
         The least compute capability of a GPU that has its instructions.
     architecture
         The one architecture that has its instructions, such as ``"9.0a"``, or None. Elsewhere, and
-        on the simulator, the kernel is right but sums by the definition: slow.
+        on the simulator, the kernel is right but sums by the definition: slow, and without rounding
+        float32 first.
     precision
         What float32 values are multiplied as: ``"float32"``, with its accuracy, by whatever means;
         or ``"tf32"``, rounded to 11 significant bits first. The operator takes a kernel of the
@@ -427,8 +428,8 @@ def _fits_tensor_core_narrow(problem: Problem) -> bool:
     return inputs <= 512 and problem.height * problem.width < 2**31
 
 
-def _fits_hopper(problem: Problem) -> bool:
-    """Say what ``covers`` of kernels/hopper.cu says."""
+def _fits_hopper(problem: Problem, max_region: int) -> bool:
+    """Say what ``covers`` of kernels/warpgroup_plan.cuh says, with a method's ``MAX_REGION``."""
     counts, taps = [], []
     for axis in problem.axes:
         period = axis.stride * axis.i_step
@@ -436,7 +437,7 @@ def _fits_hopper(problem: Problem) -> bool:
             return False
         counts.append(max(1, (axis.out_size - 1) // period + 1))
         taps.append((axis.kernel - 1) // axis.k_step + 1)
-    images = 1100 // (counts[0] * counts[1]) + 3
+    images = max_region // (counts[0] * counts[1]) + 3
     inputs = images * problem.in_channels * problem.height * problem.width
     positions = 2 * problem.batch * (counts[0] + taps[0]) * (counts[1] + taps[1] + 2)
     return (
@@ -487,10 +488,22 @@ _OTHERS = (
     Kernel(
         "hopper",
         "Hopper's tensor cores, with float32 in two float16 parts.",
-        covers=_fits_hopper,
+        takes_channels_last=True,
+        covers=functools.partial(_fits_hopper, max_region=1100),
         packs_weights=True,
         min_capability=(9, 0),
         architecture="9.0a",
+    ),
+    Kernel(
+        "hopper_single",
+        "Hopper's tensor cores, each value multiplied once.",
+        dtypes=_STORED,
+        takes_channels_last=True,
+        covers=functools.partial(_fits_hopper, max_region=1700),
+        packs_weights=True,
+        min_capability=(9, 0),
+        architecture="9.0a",
+        precision="tf32",
     ),
 )
 

@@ -141,20 +141,30 @@ class TestWithoutAKernel:
             "tensor_core_narrow",
         }
 
-    def test_hoppers_own_are_for_hopper_alone(self, monkeypatch):
+    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize(
+        ("dtype", "tf32", "own"),
+        [
+            (torch.float32, False, {"hopper"}),
+            (torch.float32, True, {"hopper", "hopper_single"}),
+            (torch.float16, False, {"hopper_single"}),
+            (torch.bfloat16, True, {"hopper_single"}),
+        ],
+    )
+    def test_hoppers_own_are_for_hopper_alone(self, dtype, tf32, own, channels_last, monkeypatch):
         problem = Problem(1, 32, 32, 20, 20, kernel_size=3)
 
         def found(capability):
-            return dispatch.candidates(
-                problem, torch.float32, False, tf32=False, capability=capability
+            return set(
+                dispatch.candidates(problem, dtype, channels_last, tf32=tf32, capability=capability)
             )
 
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-        assert set(found((9, 0))) - set(found((8, 9))) == {"hopper"}
-        assert "hopper" not in found((10, 0))
-        assert "hopper" not in found((12, 0))
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")  # then it would be slow
-        assert "hopper" not in found((9, 0))
+        assert found((9, 0)) - found((8, 9)) == own
+        assert not own & found((10, 0))
+        assert not own & found((12, 0))
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")  # then they would be slow
+        assert not own & found((9, 0))
 
 
 class TestPrecision:
@@ -198,13 +208,21 @@ class TestPrecision:
         assert choose(problem, tf32=False).kernel == "b"
         assert choose(problem, tf32=True).kernel == "a"
 
-    def test_the_package_has_one(self, monkeypatch):
+    def test_the_package_has_two(self, monkeypatch):
         monkeypatch.setattr(dispatch, "SLOW", ())
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
 
-        def found(tf32):
-            return set(dispatch.candidates(DENSE, torch.float32, False, tf32=tf32))
+        def found(tf32, capability):
+            return set(
+                dispatch.candidates(DENSE, torch.float32, False, tf32=tf32, capability=capability)
+            )
 
-        assert found(True) - found(False) == {"tensor_core"}
+        def rounding(capability):
+            assert found(False, capability) < found(True, capability)
+            return found(True, capability) - found(False, capability)
+
+        assert rounding((8, 0)) == {"tensor_core"}
+        assert rounding((9, 0)) == {"tensor_core", "hopper_single"}
 
 
 class TestAutotuning:

@@ -1,6 +1,7 @@
 """The kernels that are no rungs against float64, on what they cover, in every type."""
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -13,6 +14,7 @@ from strategies import inputs, problem_set
 
 import convt_lab as lab
 from convt_lab.backend import KERNEL_FOLDER
+from convt_lab.gpu import has_own_instructions
 from convt_lab.reference import (
     FLOAT32_GATE,
     condition_error,
@@ -22,7 +24,7 @@ from convt_lab.reference import (
     truncation_gate,
 )
 from convt_lab.split import FORMATS
-from convt_lab.stages import _ConvTransposeProblem, kernels
+from convt_lab.stages import _Call, _ConvTransposeProblem, kernels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KERNELS = [name for name in kernels if name not in lab.stages]
@@ -34,9 +36,14 @@ IN_ORDER = ["one_channel", "few_channels"]
 #: Those that take every legal problem, in every type, and hand down what they have no way for.
 COMPLETE = ["tensor_core"]
 
-#: Of a call, where they are not one, or two with one that packs weights: scale, pack, multiply and
-#: repair.
-LAUNCHES = {"hopper": 4}
+#: Those with instructions of one architecture: elsewhere they sum by the definition.
+HOPPERS = [name for name in KERNELS if kernels[name].architecture]
+
+OF_HOPPERS = [(kernel, dtype) for kernel in HOPPERS for dtype in kernels[kernel].dtypes]
+
+#: Of a call, where they are not one, or two with one that packs weights: scale, which 16 bits need
+#: not, pack, multiply and repair.
+LAUNCHES = {(kernel, dtype): 3 + (dtype == torch.float32) for kernel, dtype in OF_HOPPERS}
 
 #: Of one rounding to the type.
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -69,9 +76,57 @@ def run(kernel, x, weight, bias=None, device="cpu", *, channels_last=False, **ar
 
 def uses_tf32(kernel, problem, device="cpu"):
     """Whether the kernel rounds float32 operands to TF32, and hands the problem to no other."""
-    if kernels[kernel].precision != "tf32" or kernels[kernel].variant(problem) != "tensor cores":
+    if kernels[kernel].precision != "tf32":
+        return False
+    if kernel in HOPPERS:
+        return device != "cpu" and has_own_instructions(
+            torch.cuda.get_device_capability(), kernels[kernel].architecture
+        )
+    if kernels[kernel].variant(problem) != "tensor cores":
         return False
     return device == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def terms_of(problem):
+    """Return how many products an output is a sum of, with those that fill an instruction."""
+    channels = -(-problem.in_channels // problem.groups // 8) * 8
+    return channels * problem.kernel_size[0] * problem.kernel_size[1]
+
+
+def to_11_bits(values):
+    """Round float32 as float16 is, to the nearest, ties to even, whatever its exponent."""
+    bits = values.view(torch.int32)
+    rounded = (bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF
+    return torch.where(values.isfinite(), rounded.view(torch.float32), values)
+
+
+def condition_errors(y, x, weight, bias, problem):
+    """Return each output's condition error against float64, by the device that the tensors are on.
+
+    What is not finite must be the same.
+    """
+    y, x, weight, bias = (None if t is None else t.double() for t in (y, x, weight, bias))
+    expected = F.conv_transpose2d(x, weight, bias, **problem.arguments)
+    finite = expected.isfinite()
+    assert torch.equal(y[~finite].nan_to_num(1.5), expected[~finite].nan_to_num(1.5)), problem
+    x, weight, bias = (None if t is None else t.abs().nan_to_num(0, 0) for t in (x, weight, bias))
+    scale = 2.0**-24 * F.conv_transpose2d(x, weight, bias, **problem.arguments)
+    error = (y - expected).abs()
+    return torch.where(~finite | (error == 0), 0.0, error / scale)
+
+
+def assert_rounded_once(y, x, weight, bias, problem):
+    """Judge a result of operands with 11 bits by the gates of `assert_float32_is_right`.
+
+    Outputs that were summed again by the definition are those of the operands as they are, and
+    are judged as such.
+    """
+    exact = condition_errors(y, x, weight, bias, problem)
+    rounded = condition_errors(y, to_11_bits(x), to_11_bits(weight), bias, problem)
+    terms = terms_of(problem)
+    assert exact.max() <= tf32_gate(terms), problem
+    parts = torch.minimum(exact / FLOAT32_GATE, rounded / truncation_gate(terms, depth=4))
+    assert parts.max() <= 1, problem
 
 
 def assert_float32_is_right(kernel, y, x, weight, bias, problem, device="cpu"):
@@ -83,8 +138,10 @@ def assert_float32_is_right(kernel, y, x, weight, bias, problem, device="cpu"):
     if not uses_tf32(kernel, problem, device):
         assert condition_error(y, x, weight, bias, **problem.arguments) <= FLOAT32_GATE, problem
         return
-    channels = -(-problem.in_channels // problem.groups // 8) * 8
-    terms = channels * problem.kernel_size[0] * problem.kernel_size[1]
+    if kernel in HOPPERS:
+        assert_rounded_once(y, x, weight, bias, problem)
+        return
+    terms = terms_of(problem)
     rounded = [FORMATS["tf32"].round(t.numpy()) for t in (x, weight)]
     error = condition_error(y, *rounded, bias, **problem.arguments)
     assert error <= truncation_gate(terms, depth=4), problem  # the GPU's order is not told
@@ -93,6 +150,24 @@ def assert_float32_is_right(kernel, y, x, weight, bias, problem, device="cpu"):
     if all(is_normal.all() for is_normal in normal):
         error = condition_error(y, x, weight, bias, **problem.arguments)
         assert error <= tf32_gate(terms), problem
+
+
+def assert_16_bits_are_right(y, x, weight, bias, problem):
+    """Judge a result in float16 or bfloat16: sums are in float32, and only storing rounds."""
+    exact = (None if t is None else t.float() for t in (x, weight, bias))
+    expected = scatter(*exact, **problem.arguments)
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(
+        y.double(), expected, rtol=1.01 * UNITS[y.dtype], atol=1e-5 * max(size, 1)
+    )
+
+
+def unaligned(x, offset, channels_last=False, device="cpu"):
+    """Return a copy of `x` on `device` that begins so many values behind an aligned address."""
+    stored = x.permute(0, 2, 3, 1) if channels_last else x
+    room = torch.zeros(x.numel() + offset, dtype=x.dtype, device=device)
+    copy = room[offset:].view(stored.shape).copy_(stored)
+    return copy.permute(0, 3, 1, 2) if channels_last else copy
 
 
 def formats(kernel):
@@ -187,11 +262,7 @@ class TestValues:
                         kernel, *exact, device, channels_last=channels_last, **problem.arguments
                     )
                     assert torch.equal(y, sums.to(dtype)), problem
-                expected = scatter(*exact, **problem.arguments)
-                size = np.abs(expected).max()
-                np.testing.assert_allclose(
-                    y.double(), expected, rtol=1.01 * UNITS[dtype], atol=1e-5 * max(size, 1)
-                )
+                assert_16_bits_are_right(y, *tensors, problem)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_small_integers_are_exact(self, kernel, dtype, device):
@@ -217,15 +288,18 @@ class TestValues:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_storage_that_is_not_aligned(self, kernel, dtype, device):
         """Rows of whole vectors don't help if the first value lies between two."""
-        for _, problem in cases(kernel, dtype, step=30, device=device):
-            x, weight, bias = data_of(problem, dtype)
-            y = run(kernel, x, weight, bias, device, **problem.arguments)
-            for offset in (1, 2):
-                room = torch.zeros(x.numel() + offset, dtype=dtype, device=device)
-                shifted = room[offset:].view(x.shape).copy_(x)
+        for channels_last in formats(kernel):
+            for _, problem in cases(kernel, dtype, channels_last, step=30, device=device):
+                x, weight, bias = data_of(problem, dtype)
+                y = run(
+                    kernel, x, weight, bias, device, channels_last=channels_last,
+                    **problem.arguments,
+                )  # fmt: skip
                 tensors = [None if t is None else t.to(device) for t in (weight, bias)]
-                again = kernels[kernel](shifted, *tensors, **problem.arguments)
-                assert torch.equal(again.cpu(), y), problem
+                for offset in (1,) if channels_last else (1, 2):
+                    shifted = unaligned(x, offset, channels_last, device)
+                    again = kernels[kernel](shifted, *tensors, **problem.arguments)
+                    assert torch.equal(again.cpu(), y), problem
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -286,9 +360,18 @@ def test_values_near_the_smallest_keep_their_digits(kernel, where, exponent, dev
     assert_float32_is_right(kernel, y, x, weight, bias, problem, device)
 
 
-@pytest.mark.gpu
+def in_format(x, channels_last):
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    return x.contiguous(memory_format=order)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
+@pytest.mark.parametrize("kernel", HOPPERS)
 class TestHopper:
-    """Two float16 parts, a scale for each chunk, sums that are cut off: what could go wrong."""
+    """Float16 and its few exponents, scales, sums that are cut off: what could go wrong.
+
+    On the simulator all of that is only prepared, for sums by the definition.
+    """
 
     PROBLEMS = (
         lab.Problem(2, 64, 64, 40, 50, kernel_size=(3, 7), bias=True),
@@ -296,59 +379,231 @@ class TestHopper:
         lab.Problem(1, 256, 128, 24, 24, kernel_size=1),
         lab.Problem(16, 512, 256, 4, 4, kernel_size=2, stride=2),
     )
+    SMALL = (
+        lab.Problem(2, 32, 20, 4, 5, kernel_size=(2, 3), bias=True),
+        lab.Problem(1, 20, 70, 3, 4, kernel_size=4, stride=2, padding=1),
+        lab.Problem(1, 48, 16, 5, 6, kernel_size=1),
+        lab.Problem(4, 36, 17, 2, 2, kernel_size=2, stride=2),
+    )
+
+    def data(self, number, device):
+        problem = (self.SMALL if device == "cpu" else self.PROBLEMS)[number]
+        tensors = inputs(problem, seed=number)
+        return problem, *(None if t is None else t.to(device) for t in tensors)
 
     @staticmethod
-    def error(kernel, problem, x, weight, bias):
-        """Return the condition error against float64, on the GPU, where that takes no time."""
-        y = kernels[kernel](x, weight, bias, **problem.arguments).double()
-        x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
-        expected = F.conv_transpose2d(x, weight, bias, **problem.arguments)
-        finite = expected.isfinite()
-        assert torch.equal(y[~finite].nan_to_num(1.5), expected[~finite].nan_to_num(1.5))
-        x, weight, bias = (
-            None if t is None else t.abs().nan_to_num(0, 0) for t in (x, weight, bias)
-        )
-        scale = 2.0**-24 * F.conv_transpose2d(x, weight, bias, **problem.arguments)
-        error = (y - expected).abs()[finite]
-        return torch.where(error == 0, 0.0, error / scale[finite]).max().item()
+    def judge(kernel, problem, x, weight, bias, channels_last, most=1.0):
+        """Check the result; where float32's own FMAs leave the gate it may be `most` gates."""
+        y = kernels[kernel](in_format(x, channels_last), weight, bias, **problem.arguments)
+        if uses_tf32(kernel, problem, x.device.type):
+            assert_rounded_once(y, x, weight, bias, problem)
+            return
+        gate = FLOAT32_GATE
+        if most > 1.0:
+            chain = kernels["register_blocked"](x, weight, bias, **problem.arguments)
+            of_chain = condition_errors(chain, x, weight, bias, problem).max().item()
+            gate = min(most * FLOAT32_GATE, max(FLOAT32_GATE, of_chain))
+        assert condition_errors(y, x, weight, bias, problem).max() <= gate
 
     @pytest.mark.parametrize("number", range(len(PROBLEMS)))
     @pytest.mark.parametrize("kind", ["normal", "positive", "lognormal", "channels", "apart"])
-    def test_inputs_of_many_kinds(self, number, kind):
-        problem = self.PROBLEMS[number]
-        x, weight, bias = (None if t is None else t.cuda() for t in inputs(problem, seed=number))
+    def test_inputs_of_many_kinds(self, kernel, channels_last, number, kind, device):
+        problem, x, weight, bias = self.data(number, device)
+        most = 1.0
+        if kind in ("positive", "channels"):
+            # Nothing cancels, or a few products are nearly all of an output, and tensor cores cut
+            # off what they sum.
+            most = 1.75
         if kind == "positive":
             x, weight = x.abs(), weight.abs()
         elif kind == "lognormal":
             x = x.exp()
         elif kind == "channels":
             scales = 10.0 ** (6 * torch.rand(problem.in_channels, generator=torch.Generator()) - 3)
-            x = x * scales.cuda()[:, None, None]
+            x = x * scales.to(device)[:, None, None]
         elif kind == "apart":  # too far for one scale, and infinite
             x[:, :, ::2] *= 1e-12
             x[0, 0, 0, 0], x[0, -1, -1, -1] = math.inf, 1e30
-        error, gate = self.error("hopper", problem, x, weight, bias), FLOAT32_GATE
-        if kind in ("positive", "channels"):
-            # Nothing cancels, or a few products are nearly all of an output: float32's own FMAs
-            # leave the gate there, and tensor cores cut off what they sum.
-            chain = self.error("register_blocked", problem, x, weight, bias)
-            gate = min(1.75 * FLOAT32_GATE, max(FLOAT32_GATE, chain))
-        assert error <= gate
+        self.judge(kernel, problem, x, weight, bias, channels_last, most)
 
-    def test_weights_that_are_far_apart(self):
-        problem = self.PROBLEMS[0]
-        x, weight, bias = (t.cuda() for t in inputs(problem))
-        weight[:32, :7] *= 1e-12
+    def test_weights_that_are_far_apart(self, kernel, channels_last, device):
+        problem, x, weight, bias = self.data(0, device)
+        weight[: problem.in_channels // 2, :7] *= 1e-12
         weight[3, 9, 1, 2] = math.nan
-        assert self.error("hopper", problem, x, weight, bias) <= FLOAT32_GATE
+        self.judge(kernel, problem, x, weight, bias, channels_last)
 
-    def test_a_scale_is_found_anew_where_it_must_be(self):
+    def test_a_scale_is_found_anew_where_it_must_be(self, kernel, channels_last, device):
         problem = lab.Problem(4, 64, 64, 60, 60, kernel_size=3)
-        x, weight, bias = (None if t is None else t.cuda() for t in inputs(problem))
+        if device == "cpu":
+            problem = lab.Problem(4, 32, 16, 5, 6, kernel_size=3)
+        x, weight, bias = (None if t is None else t.to(device) for t in inputs(problem))
         for n, factor in enumerate((1e20, 1e-20, 0.0, 1.0)):
             x[n] *= factor
         x[3, 16:32] = 0
-        assert self.error("hopper", problem, x, weight, bias) <= FLOAT32_GATE
+        self.judge(kernel, problem, x, weight, bias, channels_last)
+
+    @pytest.mark.parametrize("factors", [(1e-25, 1e25), (1e25, 1e-25)], ids=str)
+    def test_chunks_that_are_far_apart(self, kernel, channels_last, factors, device):
+        """Their scales are so far apart that float32 does not have the quotient."""
+        problem = lab.Problem(1, 256, 64, 12, 12, kernel_size=3)
+        if device == "cpu":
+            problem = lab.Problem(1, 256, 16, 4, 4, kernel_size=3)
+        x, weight, bias = (None if t is None else t.to(device) for t in inputs(problem))
+        x[:, 64:192] = 0
+        x[:, :64] *= factors[0]
+        x[:, 192:] *= factors[1]
+        large = x[:, 192:] if factors[1] > 1 else x[:, :64]
+        large[..., 1:] = 0  # so most outputs are sums of small ones alone
+        self.judge(kernel, problem, x, weight, bias, channels_last)
+
+    def test_the_same_small_numbers_whatever_is_beside_them(self, kernel, channels_last, device):
+        """Nobody's scale is found with what a tile has of another group."""
+        problem, x, weight, bias = self.data(0, device)
+        problem = dataclasses.replace(problem, in_channels=2 * problem.in_channels,
+                                      out_channels=2 * problem.out_channels, groups=2)  # fmt: skip
+        x = torch.cat((1e-15 * x, 1e15 * x), dim=1)
+        weight, bias = (torch.cat((t, t)) for t in (weight, bias * 1e-15))
+        self.judge(kernel, problem, x, weight, bias, channels_last)
+
+
+#: What differs in how pixels lie on one axis, in tiles, and are read as octets, pairs or values.
+GEOMETRY = {
+    "octets, pairs": lab.Problem(2, 24, 18, 5, 8, kernel_size=(3, 7), bias=True),
+    "octets, odd width": lab.Problem(2, 24, 18, 5, 7, kernel_size=(3, 7), padding=(1, 3)),
+    "no octets": lab.Problem(2, 17, 20, 5, 6, kernel_size=3, padding=1, bias=True),
+    "no octets, odd width": lab.Problem(1, 35, 33, 5, 3, kernel_size=2),
+    "rows begin in a pair": lab.Problem(1, 16, 17, 4, 10, kernel_size=(2, 4), padding=(0, 2)),
+    "each phase another lead": lab.Problem(
+        1, 16, 17, 4, 6, kernel_size=5, stride=3, padding=2, output_padding=1
+    ),
+    "phases of several sizes": lab.Problem(
+        2, 16, 16, 3, 6, kernel_size=(4, 3), stride=(3, 2), padding=(2, 1), bias=True
+    ),
+    "a phase without a tap": lab.Problem(1, 16, 16, 4, 6, kernel_size=1, stride=2, bias=True),
+    "inputs with gaps": lab.Problem(1, 24, 16, 5, 8, kernel_size=3, padding=1, dilation=2),
+    "strides and gaps": lab.Problem(
+        1, 16, 16, 5, 4, kernel_size=(2, 3), stride=(2, 3), dilation=(3, 2), bias=True
+    ),
+    "groups of octets": lab.Problem(2, 48, 60, 4, 6, kernel_size=3, groups=3, bias=True),
+    "groups of others": lab.Problem(2, 51, 51, 4, 6, kernel_size=3, stride=2, groups=3),
+    "a column": lab.Problem(3, 16, 16, 9, 1, kernel_size=(3, 1), padding=(1, 0)),
+    "two columns": lab.Problem(3, 16, 16, 5, 2, kernel_size=3, padding=1),
+    "three columns": lab.Problem(3, 32, 16, 5, 3, kernel_size=3, padding=1, bias=True),
+    "images in one tile": lab.Problem(60, 16, 16, 2, 2, kernel_size=2, padding=1),
+    "stripes": lab.Problem(1, 16, 16, 1, 800, kernel_size=(3, 2), padding=(1, 0)),
+    "65 channels": lab.Problem(1, 16, 65, 3, 6, kernel_size=3, bias=True),
+    "130 channels": lab.Problem(1, 24, 130, 3, 4, kernel_size=2, bias=True),
+}
+
+
+class TestHoppersGeometry:
+    """Small problems of many kinds, in every form."""
+
+    @pytest.mark.parametrize("name", GEOMETRY)
+    @pytest.mark.parametrize(("kernel", "dtype"), OF_HOPPERS, ids=str)
+    def test_in_both_formats_aligned_or_not(self, kernel, dtype, name, device):
+        problem = GEOMETRY[name]
+        x, weight, bias = data_of(problem, dtype)
+        found = {}
+        for channels_last in formats(kernel):
+            y = run(
+                kernel, x, weight, bias, device, channels_last=channels_last, **problem.arguments
+            )
+            found[channels_last] = y
+            if dtype == torch.float32:
+                assert_float32_is_right(kernel, y, x, weight, bias, problem, device)
+            else:
+                assert_16_bits_are_right(y, x, weight, bias, problem)
+            others = [None if t is None else t.to(device) for t in (weight, bias)]
+            for offset in (1, 2, 4):
+                shifted = unaligned(x, offset, channels_last, device)
+                again = kernels[kernel](shifted, *others, **problem.arguments)
+                assert torch.equal(again.cpu(), y), offset
+        if has_one_order(kernel, problem, device):
+            assert torch.equal(found[False], found[True])
+
+
+class TestHoppersWeights:
+    """Where packed weights lie, which nothing on the simulator reads."""
+
+    @staticmethod
+    def packed(kernel, problem, x, weight, channels_last):
+        """Return inverses of scales, and weights.
+
+        Weights are [group, phase_h, phase_w, part_co, step, 64 of 128 channels, part, half, row,
+        input channel], if groups have 16 input channels, which are one stage.
+        """
+        x = in_format(x, channels_last)
+        call = _Call(kernels[kernel], x, weight, None, *problem.arguments.values())
+        kernels[kernel].program("simulator").call(call.launcher, *call.launcher_arguments)
+        (memory,) = (
+            argument.owner
+            for argument in call.launcher_arguments
+            if getattr(argument, "name", "") == "packed"
+        )
+        scales = -(-problem.out_channels // 64) * 256 if weight.dtype == torch.float32 else 0
+        of_group = problem.out_channels // problem.groups
+        parts = 1 + (of_group > 64)
+        steps = 1
+        for axis in problem.axes:
+            steps *= (axis.kernel - 1) // axis.k_step + 1
+        owners = (problem.groups, *problem.stride, -(-of_group // (64 * parts)))
+        each = (steps, parts) if kernel == "hopper" else (parts, steps)
+        shape = (*owners, *each, 1 + (kernel == "hopper"), 2, 64, 8)
+        part = torch.float16 if weight.dtype == torch.float32 else weight.dtype
+        packed = memory[scales : scales + 2 * math.prod(shape)].view(part).view(shape)
+        inverses = memory[:scales].view(torch.float32)[: problem.out_channels]
+        return inverses, packed if kernel == "hopper" else packed.transpose(4, 5)
+
+    @pytest.mark.parametrize("of_group", [36, 72, 132])
+    @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
+    @pytest.mark.parametrize(("kernel", "dtype"), OF_HOPPERS, ids=str)
+    def test_each_has_its_place(self, kernel, dtype, channels_last, of_group):
+        problem = lab.Problem(
+            1, 32, 2 * of_group, 3, 4, kernel_size=(3, 4), stride=(2, 3), groups=2
+        )
+        x, weight, _ = data_of(problem, dtype)
+        inverses, packed = self.packed(kernel, problem, x, weight, channels_last)
+        packed = packed.double()
+        weight = to_11_bits(weight) if kernel == "hopper_single" and len(inverses) else weight
+        # Channels of a group that a row, which lanes hold two of, is the product of.
+        rows = torch.arange(64)
+        if channels_last:
+            rows = rows // 16 * 16 + rows % 8 * 2 + rows // 8 % 2
+        for group, part_co, part in itertools.product(range(2), *map(range, packed.shape[3:6:2])):
+            channels = (part_co * packed.shape[5] + part) * 64 + rows
+            exists = channels < of_group
+            of_rows = channels.clamp(max=of_group - 1)
+            for phase_h, phase_w in itertools.product(range(2), range(3)):
+                # The later a tap, the earlier the input.
+                taps = itertools.product(*(
+                    reversed(range(phase, kernel, stride))
+                    for phase, kernel, stride in zip(
+                        (phase_h, phase_w), problem.kernel_size, problem.stride, strict=True
+                    )
+                ))  # fmt: skip
+                for step, (kh, kw) in enumerate(taps):
+                    halves = packed[group, phase_h, phase_w, part_co, step, part]
+                    values = halves[0] + (halves[1] / 2048 if len(halves) == 2 else 0)
+                    if len(inverses):
+                        values = values * inverses[group * of_group + of_rows].double()[:, None]
+                    own = weight[16 * group : 16 * group + 16, of_rows, kh, kw].double()
+                    expected = torch.where(exists, own, 0).view(2, 8, 64).transpose(1, 2)
+                    tolerance = 2.0**-22 if kernel == "hopper" else 0
+                    assert ((values - expected).abs() <= tolerance * expected.abs()).all()
+
+    @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
+    @pytest.mark.parametrize("kernel", HOPPERS)
+    def test_channels_with_weights_too_far_apart_are_noted(self, kernel, channels_last):
+        problem = lab.Problem(1, 32, 72, 3, 4, kernel_size=2, groups=2)
+        x, weight, _ = data_of(problem)
+        weight[8:16, 5, 1, 0] *= 1e-12  # of group 0
+        weight[16:24, 35, 0, 1] *= 1e-12  # of group 1
+        weight[24:28, 7, 1, 1] *= 1e-12  # but of an octet not all
+        weight[:16, 9] *= 1e-12  # all of a channel
+        inverses, _ = self.packed(kernel, problem, x, weight, channels_last)
+        assert inverses.isnan().nonzero().flatten().tolist() == [5, 36 + 35]
+        assert (inverses.nan_to_num(1).log2() % 1 == 0).all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -365,11 +620,22 @@ def test_there_are_no_hazards(kernel, dtype):
             assert report.hazards == (), problem
 
 
+def has_one_order(kernel, problem, device):
+    """Whether the kernel sums in the same order in both memory formats.
+
+    `hopper` rounds its sums every few steps of a stage, and how many channels a stage has is the
+    plan's choice, for each format; unless there is one chunk of them.
+    """
+    return device == "cpu" or kernel != "hopper" or problem.in_channels // problem.groups <= 16
+
+
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if kernels[k].takes_channels_last])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_in_both_memory_formats(kernel, dtype, device):
     """A sum that is taken again because of a NaN is right, too, and has other bits."""
     for number, problem in cases(kernel, dtype, True, 10, device):
+        if not has_one_order(kernel, problem, device):
+            continue
         tensors = data_of(problem, dtype, seed=number)
         y, last = (
             run(kernel, *tensors, device, channels_last=last, **problem.arguments)
@@ -380,16 +646,23 @@ def test_the_same_bits_in_both_memory_formats(kernel, dtype, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_more_than_2_31_outputs(kernel, groups):
-    problem = lab.Problem(
+def test_more_than_2_31_outputs(kernel, groups, channels_last):
+    few = lab.Problem(
         9, 2, 2, 8192, 8192, kernel_size=(2, 4), stride=2, padding=(0, 1), groups=groups
     )
-    if not kernels[kernel].supports(problem, torch.float16):
+    many = dataclasses.replace(
+        few, batch=5, in_channels=16 * groups, out_channels=16 * groups, height=3072, width=3072
+    )
+    problem = many if kernel in HOPPERS else few
+    dtype = torch.float16 if torch.float16 in kernels[kernel].dtypes else torch.float32
+    if not kernels[kernel].supports(problem, dtype, channels_last):
         pytest.skip("not covered")
-    x = torch.zeros(problem.input_shape, dtype=torch.float16, device="cuda")
-    x[-1, -1, -3:, -5:] = torch.arange(15, device="cuda").view(3, 5).half()
-    weight = torch.ones(problem.weight_shape, dtype=torch.float16, device="cuda")
+    x = torch.zeros(problem.input_shape, dtype=dtype, device="cuda")
+    x[-1, -1, -3:, -5:] = torch.arange(15, device="cuda").view(3, 5)
+    x = in_format(x, channels_last)
+    weight = torch.ones(problem.weight_shape, dtype=dtype, device="cuda")
     y = kernels[kernel](x, weight, None, **problem.arguments)
     assert y.numel() > 2**31
     part = dataclasses.replace(problem, batch=1, height=8, width=8)
@@ -423,24 +696,32 @@ class TestWhatIsCovered:
             lab.Problem(1, 1, 1, 2, 5 * 10**8, kernel_size=3),
             lab.Problem(1, 1, 1, 2, 10**9, kernel_size=3),
             lab.Problem(1, 500, 500, 7, 7, kernel_size=3, stride=2),
+            # One output for each image, and large images.
+            lab.Problem(1, 16, 16, 251, 251, kernel_size=1, padding=125),
+            lab.Problem(1, 16, 16, 301, 301, kernel_size=1, padding=150),
+            lab.Problem(1, 16, 16, 401, 401, kernel_size=1, padding=200),
+            lab.Problem(1, 16, 16, 9, 9, kernel_size=(20, 4)),
+            lab.Problem(1, 16, 16, 9, 9, kernel_size=(20, 3)),
+            lab.Problem(1, 16, 16, 9, 900, kernel_size=(20, 3)),
         ]
         answers = set()
         for problem in [*problem_set(300)[::10], *MORE, *rare]:
             if problem.batch == 0:
                 continue
-            for dtype in DTYPES:
-                answer = kernels[kernel].supports(problem, dtype)
+            for dtype, channels_last in itertools.product(DTYPES, formats(kernel)):
+                answer = kernels[kernel].supports(problem, dtype, channels_last)
                 answers.add(answer)
                 if answer:
                     # What every architecture has that the kernel is for.
                     least = kernels[kernel].min_capability
                     most = (227 if least >= (9, 0) else 96 if least >= (8, 0) else 60) * 1024
-                    launches = kernels[kernel].launches(problem, most, dtype)
-                    assert len(launches) == LAUNCHES.get(kernel, 1 + kernels[kernel].packs_weights)
+                    launches = kernels[kernel].launches(problem, most, dtype, channels_last)
+                    usual = 1 + kernels[kernel].packs_weights
+                    assert len(launches) == LAUNCHES.get((kernel, dtype), usual)
                     assert max(launch.shared_bytes for launch in launches) <= most
                 elif dtype in kernels[kernel].dtypes:
                     with pytest.raises(lab.KernelError):
-                        kernels[kernel].launches(problem, dtype=dtype)
+                        kernels[kernel].launches(problem, None, dtype, channels_last)
         assert answers == ({True} if kernel in COMPLETE else {False, True})
 
     @pytest.mark.parametrize("kernel", sorted(set(KERNELS) - set(COMPLETE)))
@@ -597,7 +878,8 @@ class TestTensorCore:
 
 class TestPrecision:
     def test_who_rounds_says_so(self):
-        assert [name for name in kernels if kernels[name].precision == "tf32"] == ["tensor_core"]
+        rounding = [name for name in kernels if kernels[name].precision == "tf32"]
+        assert rounding == ["tensor_core", "hopper_single"]
         assert all(stage.precision == "float32" for stage in lab.stages.values())
 
     def test_the_gates(self):
@@ -607,3 +889,27 @@ class TestPrecision:
         a, b = (np.full((1, 8, 1, 1), 1 + 2.0**-10 - 2.0**-22, np.float32) for _ in range(2))
         cut = np.full((1, 1, 1, 1), 8.0)
         assert condition_error(cut, a, b.reshape(8, 1, 1, 1)) > 1.9 * tf32_gate(8)
+
+    def test_rounded_once_or_not_at_all(self):
+        """Some outputs may be of operands with 11 bits and some of all bits, but none of others."""
+        problem = lab.Problem(2, 64, 24, 9, 10, kernel_size=3, stride=2, bias=True)
+        x, weight, bias = problem.random_inputs()
+        assert torch.equal(to_11_bits(x.half().float()), x.half().float())
+        assert torch.equal(to_11_bits(x.abs() + 1), (x.abs() + 1).half().float())
+        assert to_11_bits(torch.tensor([math.inf, 1e-30])).tolist() == [math.inf, 2.0**-110 * 1298]
+
+        def judge(*tensors):
+            y = F.conv_transpose2d(*(t.double() for t in tensors), **problem.arguments).float()
+            assert_rounded_once(y, x, weight, bias, problem)
+            return y
+
+        exact = judge(x, weight, bias)
+        rounded = judge(to_11_bits(x), to_11_bits(weight), bias)
+        mixed = torch.where(torch.arange(exact.shape[-1]) % 2 == 0, exact, rounded)
+        assert_rounded_once(mixed, x, weight, bias, problem)
+        cut = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+        for operand in (cut, to_11_bits(x).bfloat16().float(), x * math.nan):
+            with pytest.raises(AssertionError):
+                judge(operand, to_11_bits(weight), bias)
+        with pytest.raises(AssertionError):
+            judge(x, to_11_bits(weight), bias)

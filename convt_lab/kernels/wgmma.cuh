@@ -6,6 +6,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "storage.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HAS_WGMMA 1
@@ -14,8 +17,6 @@
 #endif
 
 namespace warpgroups {
-
-constexpr int WGMMA_COLUMNS = 168;
 
 #if HAS_WGMMA
 
@@ -44,6 +45,19 @@ __device__ __forceinline__ void wait(uint64_t* barrier, unsigned parity) {
       "@!over bra again;\n}" ::"r"(address_of(barrier)),
       "r"(parity)
       : "memory");
+}
+
+// Whether it is over, at once.
+__device__ __forceinline__ bool is_over(uint64_t* barrier, unsigned parity) {
+  unsigned over;
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, over;\n}"
+      : "=r"(over)
+      : "r"(address_of(barrier)), "r"(parity)
+      : "memory");
+  return over != 0;
 }
 
 // Arrives, and starts a copy of `bytes` (a multiple of 16) for which the phase will last.
@@ -110,50 +124,108 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int next) {
 // g = lane / 4 and t = lane % 4, of the columns 8 j and on
 //
 //     d[4 j], d[4 j + 1]   row g, columns 2t and 2t + 1;   d[4 j + 2], d[4 j + 3]   row g + 8.
-using Product = float[WGMMA_COLUMNS / 2];
+template <int COLUMNS>
+using Product = float[COLUMNS / 2];
 
 #define REGISTERS4(mode, d, i) mode(d[i]), mode(d[i + 1]), mode(d[i + 2]), mode(d[i + 3])
 #define REGISTERS16(mode, d, i)                                                   \
   REGISTERS4(mode, d, i), REGISTERS4(mode, d, i + 4), REGISTERS4(mode, d, i + 8), \
       REGISTERS4(mode, d, i + 12)
-#define REGISTERS(mode, d)                                                     \
-  REGISTERS16(mode, d, 0), REGISTERS16(mode, d, 16), REGISTERS16(mode, d, 32), \
-      REGISTERS16(mode, d, 48), REGISTERS16(mode, d, 64), REGISTERS4(mode, d, 80)
-#define WRITTEN "=f"
-#define CHANGED "+f"
-#define WGMMA(adds)                                                                  \
-  "{\n.reg .pred adds;\n"                                                            \
-  "setp.ne.b32 adds, " adds                                                          \
-  ", 0;\n"                                                                           \
-  "wgmma.mma_async.sync.aligned.m64n168k16.f32.f16.f16 {"                            \
+#define REGISTERS64(mode, d, i)                                                        \
+  REGISTERS16(mode, d, i), REGISTERS16(mode, d, i + 16), REGISTERS16(mode, d, i + 32), \
+      REGISTERS16(mode, d, i + 48)
+#define REGISTERS_96(mode, d) \
+  REGISTERS16(mode, d, 0), REGISTERS16(mode, d, 16), REGISTERS16(mode, d, 32)
+#define REGISTERS_152(mode, d) \
+  REGISTERS64(mode, d, 0), REGISTERS4(mode, d, 64), REGISTERS4(mode, d, 68), REGISTERS4(mode, d, 72)
+#define REGISTERS_192(mode, d) \
+  REGISTERS64(mode, d, 0), REGISTERS16(mode, d, 64), REGISTERS16(mode, d, 80)
+#define NAMES_48                                                                     \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83}, %84, %85, adds, 1, 1, 0, 0;\n}"
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_76                                                                  \
+  NAMES_48                                                                        \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, " \
+  "%63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75"
+#define NAMES_96 "{" NAMES_48 "}, %48, %49"
+#define NAMES_152 "{" NAMES_76 "}, %76, %77"
+#define NAMES_192                                                                           \
+  "{" NAMES_76                                                                              \
+  ", %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, " \
+  "%93, %94, %95}, %96, %97"
+#define WRITTEN "=f"
+#define CHANGED "+f"
+#define WGMMA(columns, type, adds)                                                          \
+  "{\n.reg .pred adds;\n"                                                                   \
+  "setp.ne.b32 adds, " adds                                                                 \
+  ", 0;\n"                                                                                  \
+  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " " NAMES_##columns \
+      ", adds, 1, 1, 0, 0;\n}"
 
-// d = a * b, or d += a * b, as soon as may be: begin, multiply and multiply, send, finish.
-__device__ __forceinline__ void multiply_first(Product& d, uint64_t a, uint64_t b) {
-  asm volatile(WGMMA("0") : REGISTERS(WRITTEN, d) : "l"(a), "l"(b));
-}
-__device__ __forceinline__ void multiply(Product& d, uint64_t a, uint64_t b) {
-  asm volatile(WGMMA("1") : REGISTERS(CHANGED, d) : "l"(a), "l"(b));
-}
+// d = a * b, or d += a * b, as soon as may be: begin, multiply_first or multiply, send, and finish,
+// which waits for all that was sent but the last PENDING times. T is the values' type.
+#define PRODUCTS(columns, names)                                                                   \
+  template <class T>                                                                               \
+  __device__ __forceinline__ void multiply_first(Product<columns>& d, uint64_t a, uint64_t b) {    \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                              \
+      asm volatile(WGMMA(columns, "bf16", "0")                                                     \
+                   : REGISTERS_##columns(WRITTEN, d)                                               \
+                   : "l"(a), "l"(b));                                                              \
+    } else {                                                                                       \
+      asm volatile(WGMMA(columns, "f16", "0") : REGISTERS_##columns(WRITTEN, d) : "l"(a), "l"(b)); \
+    }                                                                                              \
+  }                                                                                                \
+  template <class T>                                                                               \
+  __device__ __forceinline__ void multiply(Product<columns>& d, uint64_t a, uint64_t b) {          \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                              \
+      asm volatile(WGMMA(columns, "bf16", "1")                                                     \
+                   : REGISTERS_##columns(CHANGED, d)                                               \
+                   : "l"(a), "l"(b));                                                              \
+    } else {                                                                                       \
+      asm volatile(WGMMA(columns, "f16", "1") : REGISTERS_##columns(CHANGED, d) : "l"(a), "l"(b)); \
+    }                                                                                              \
+  }                                                                                                \
+  template <int PENDING = 0>                                                                       \
+  __device__ __forceinline__ void finish_products(Product<columns>& d) {                           \
+    asm volatile("wgmma.wait_group.sync.aligned %" names ";"                                       \
+                 : REGISTERS_##columns(CHANGED, d)                                                 \
+                 : "n"(PENDING)                                                                    \
+                 : "memory");                                                                      \
+  }
 __device__ __forceinline__ void begin_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void send_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void finish_products(Product& d) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : REGISTERS(CHANGED, d)::"memory");
+PRODUCTS(152, "76")
+PRODUCTS(192, "96")
+
+// The same for half of a product's columns, the first or the second.
+template <class T, int HALF>
+__device__ __forceinline__ void multiply_half(Product<192>& d, uint64_t a, uint64_t b) {
+  float* const half = d + HALF * 48;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(WGMMA(96, "bf16", "1") : REGISTERS_96(CHANGED, half) : "l"(a), "l"(b));
+  } else {
+    asm volatile(WGMMA(96, "f16", "1") : REGISTERS_96(CHANGED, half) : "l"(a), "l"(b));
+  }
 }
 
+#undef PRODUCTS
 #undef WGMMA
 #undef CHANGED
 #undef WRITTEN
-#undef REGISTERS
+#undef NAMES_192
+#undef NAMES_152
+#undef NAMES_96
+#undef NAMES_76
+#undef NAMES_48
+#undef REGISTERS_192
+#undef REGISTERS_152
+#undef REGISTERS_96
+#undef REGISTERS64
 #undef REGISTERS16
 #undef REGISTERS4
 

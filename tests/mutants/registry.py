@@ -38,6 +38,9 @@ SHARED = "kernels/shared_tiled.cu"
 CELLS = "kernels/cells.cuh"
 PHASES = "kernels/phases.cuh"
 TENSOR_CORE = "kernels/tensor_core.cu"
+WARPGROUPS = "kernels/warpgroups.cuh"
+HOPPERS_GEOMETRY = "test_kernels.py::TestHoppersGeometry::test_in_both_formats_aligned_or_not"
+HOPPERS_WEIGHTS = "test_kernels.py::TestHoppersWeights"
 
 KERNELS = (
     mutant(
@@ -272,10 +275,53 @@ KERNELS = (
     mutant(
         "the-last-tile-is-nobodys",
         "tiles of the flat axis are counted without the last, which is not full",
-        "kernels/hopper.cu",
-        "plan.tiles_f = static_cast<int>(ceil_div(flat, plan.tile_pixels()));",
-        "plan.tiles_f = static_cast<int>(max(flat / plan.tile_pixels(), int64_t{1}));",
+        "kernels/warpgroup_plan.cuh",
+        "plan.tiles_f = static_cast<int>(ceil_div(flat, plan.tile_pixels));",
+        "plan.tiles_f = static_cast<int>(max(flat / plan.tile_pixels, int64_t{1}));",
         "test_kernels.py::TestValues::test_float64_agrees[cpu-hopper]",
+    ),
+    mutant(
+        "channels-of-rows-in-order",
+        "with channels last the rows of packed weights are channels in order, but a lane writes "
+        "its rows' outputs as those of two neighbours",
+        WARPGROUPS,
+        "return M::IS_LAST ? row / 16 * 16 + row % 8 * 2 + row / 8 % 2 : row;",
+        "return row;",
+        f"{HOPPERS_WEIGHTS}::test_each_has_its_place[hopper-torch.float32-last-36]",
+        f"{HOPPERS_WEIGHTS}::test_each_has_its_place[hopper-torch.float32-last-132]",
+    ),
+    mutant(
+        "packed-taps-turned",
+        "weights are packed in the order of the taps' rows, and multiplied in that of the inputs",
+        WARPGROUPS,
+        "const int tap_h = along_h.taps - 1 - step % taps / along_w.taps;",
+        "const int tap_h = step % taps / along_w.taps;",
+        f"{HOPPERS_WEIGHTS}::test_each_has_its_place[hopper_single-torch.bfloat16-contiguous-72]",
+    ),
+    mutant(
+        "weights-without-their-digits",
+        "weights too small for their channel's scale are multiplied with the digits that are left",
+        WARPGROUPS,
+        "    if (is_lossy<M>(split)) inverses[group * group_out + co] = not_a_number();\n",
+        "",
+        f"{HOPPERS_WEIGHTS}::test_channels_with_weights_too_far_apart_are_noted[hopper-contiguous]",
+    ),
+    mutant(
+        "repaired-in-the-first-group",
+        "outputs that are summed again by the definition are the first group's",
+        WARPGROUPS,
+        "const int channel = task.group * group_out + co;",
+        "const int channel = co;",
+        f"{HOPPERS_GEOMETRY}[cpu-hopper-torch.float32-groups of octets]",
+    ),
+    mutant(
+        "the-bounds-of-another-kernel",
+        "a kernel says that it covers what its launcher refuses",
+        "stages.py",
+        "functools.partial(_fits_hopper, max_region=1700)",
+        "functools.partial(_fits_hopper, max_region=1100)",
+        "test_kernels.py::TestWhatIsCovered::test_the_launcher_agrees[hopper_single]",
+        errors=("KernelError",),
     ),
     mutant(
         "hoppers-instructions-on-every-gpu",
