@@ -932,7 +932,9 @@ def slug(gpu: str) -> str:
 
 def names(folder: Path = FOLDER) -> tuple[str, ...]:
     """Return the names of this module's records in `folder`, which also holds other kinds."""
-    other = re.compile(r"architectures|.*-(counters|decoder|history|neighbours|operator|profiles)")
+    other = re.compile(
+        r"architectures|.*-(counters|decoder|history|neighbours|operator|profiles|sanitizer)"
+    )
     return tuple(sorted(p.stem for p in folder.glob("*.json") if not other.fullmatch(p.stem)))
 
 
