@@ -441,9 +441,16 @@ CLAIMS = {
         "on a few shapes its worst output would not pass": lambda: (
             1 < sum(c.pytorch.errors.condition > c.pytorch.errors.gate for c in of_operator(0)) < 6
         ),
-        "Two kernels take that format": lambda: (
+        "Of the kernels in this record two take that format": lambda: (
             {name for form in (1, 3, 5) for case in of_operator(form) for name in case.kernels}
             == {"tensor_core_split", "tensor_core_narrow"}
+        ),
+        "Two things are newer than this record": lambda: (
+            kernels["hopper"].takes_channels_last
+            and not any("hopper" in c.kernels for form in (1, 3, 5) for c in of_operator(form))
+            and not any(
+                "hopper_single" in c.kernels for form in range(6) for c in of_operator(form)
+            )
         ),
         "on nearly every shape that is not depthwise": lambda: (
             sum(
