@@ -97,6 +97,11 @@ def constant(stage: str, name: str) -> int:
     return figures.constants(lab.stages[stage], name)[name]
 
 
+def hoppers(name: str) -> int:
+    name = f"warpgroups::{name}"
+    return figures.constants(kernels["hopper"], name)[name]
+
+
 def inputs_of_tile(height: int) -> int:
     """Inputs that 256 outputs need, that many rows high."""
     return (height + STAR.kernel_size[0] - 1) * (256 // height + STAR.kernel_size[1] - 1)
@@ -342,7 +347,7 @@ def share_of_two_longest() -> float:
 CLAIMS = {
     "intro": {
         "its record does not have them": lambda: (
-            not are_measured("tensor_core", "tensor_core_split")
+            not are_measured("tensor_core", "tensor_core_split", "hopper")
         ),
         "number 65 of level 1": "level 1 #65" in Problem.named.__doc__,
         f"N = {STAR.batch}": True,
@@ -391,6 +396,22 @@ CLAIMS = {
         ),
     },
     "tensor_core_split": {},
+    "hopper": {
+        "64 rows": lambda: hoppers("CO") == 64,
+        "64 output channels": lambda: hoppers("CO") == 64,
+        "16 input channels": lambda: hoppers("CI") == 16,
+        "16 values of 16 bits": lambda: (
+            hoppers("CI") == 16 and torch.finfo(torch.float16).bits == 16
+        ),
+        "16 bytes": lambda: hoppers("OCTET") * 2 == 16,
+        "compute capability 9.0": lambda: (
+            kernels["hopper"].min_capability == (9, 0) and kernels["hopper"].architecture == "9.0a"
+        ),
+        "the kernel of the chapter before is ahead": lambda: (
+            seconds_of("unet up 4", "tensor_core_split") < seconds_of("unet up 4", "hopper")
+        ),
+        "takes channels last": lambda: kernels["hopper"].takes_channels_last,
+    },
     "ladder": {
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
     },

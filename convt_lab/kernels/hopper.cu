@@ -13,9 +13,10 @@ namespace warpgroups {
 
 // The warpgroups take turns: while the products of one are on their way, the other adds what it has
 // to its sums.
-template <bool LAST, int PIXELS>
-struct Halves : Method<float, LAST, 2, PIXELS> {
+template <bool LAST>
+struct Halves : Method<float, LAST, 2, 152> {
 #if HAS_WGMMA
+  using Method<float, LAST, 2, 152>::PIXELS;
   static constexpr int ROUNDED = 4;  // steps after which sums are rounded
   static constexpr int TURN = 2;  // barrier of the first warpgroup's turn; the next is the second's
 
@@ -104,5 +105,5 @@ struct Halves : Method<float, LAST, 2, PIXELS> {
 
 }  // namespace warpgroups
 
-HOPPER_LAUNCHER(hopper, float, warpgroups::Halves<false, 152>)
-HOPPER_LAUNCHER(hopper_channels_last, float, warpgroups::Halves<true, 152>)
+HOPPER_LAUNCHER(hopper, float, warpgroups::Halves<false>)
+HOPPER_LAUNCHER(hopper_channels_last, float, warpgroups::Halves<true>)
