@@ -189,6 +189,34 @@ struct Place {
   }
 };
 
+// A warpgroup's way over the inputs that a stage's steps meet, in 16 bytes, as all addresses here.
+struct Way {
+  int taps_h, taps_w, next_row, next_subchunk;
+
+  __device__ __forceinline__ Way(const Task& task, const Plan& plan)
+      : taps_h(task.along_h.taps),
+        taps_w(task.along_w.taps),
+        next_row(plan.pitch - taps_w),
+        next_subchunk(2 * plan.region - taps_h * plan.pitch) {}
+};
+
+struct Position {
+  uint32_t address;
+  int tap_h = 0, tap_w = 0;
+
+  __device__ __forceinline__ void go_on(const Way& way) {
+    ++address;
+    if (++tap_w == way.taps_w) {
+      tap_w = 0;
+      address += way.next_row;
+      if (++tap_h == way.taps_h) {
+        tap_h = 0;
+        address += way.next_subchunk;
+      }
+    }
+  }
+};
+
 // ---- Shared memory -----------------------------------------------------------------------------
 
 // Which of some buffers comes next, and whether all were used an odd number of times.

@@ -315,6 +315,23 @@ KERNELS = (
         f"{HOPPERS_GEOMETRY}[cpu-hopper-torch.float32-groups of octets]",
     ),
     mutant(
+        "rows-that-see-each-other",
+        "on the flat axis a row follows the one before at once, so that taps reach into it",
+        "kernels/warpgroup_plan.cuh",
+        "ceil_div(plan.stripe + more_w + lead, 2) * 2",
+        "ceil_div(plan.stripe + lead, 2) * 2",
+        "test_hopper_geometry.py::test_each_output_is_its_sum_and_stored_once[False-hopper]",
+        "test_hopper_geometry.py::test_each_output_is_its_sum_and_stored_once[True-hopper]",
+    ),
+    mutant(
+        "second-phases-of-the-first-ones-inputs",
+        "both phases of a pair begin at the first one's inputs",
+        "kernels/warpgroup_plan.cuh",
+        " + first_of(along_w) - first_w;",
+        ";",
+        "test_hopper_geometry.py::test_each_output_is_its_sum_and_stored_once[False-hopper_single]",
+    ),
+    mutant(
         "the-bounds-of-another-kernel",
         "a kernel says that it covers what its launcher refuses",
         "stages.py",
