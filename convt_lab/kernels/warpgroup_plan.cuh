@@ -319,6 +319,10 @@ struct Reach {
       first = min(first, first_of(phase));
       last = max(last, phase.start);
     }
+    if (first > last) {  // there are none
+      first = 0;
+      return;
+    }
     more = last - first;
   }
 };
