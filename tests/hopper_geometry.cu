@@ -3,7 +3,8 @@
 
 #include <vector>
 
-#include "warpgroup_plan.cuh"
+#include "hopper.cu"
+#include "hopper_single.cu"
 
 namespace warpgroups {
 
@@ -111,11 +112,11 @@ Result emulate(const double* input, const double* weight, double* output, ConvTr
 // tasks of a bundle, stripes, neighbours that are read at once.
 extern "C" int emulate_hopper(const double* input, const double* weight, double* output,
                               ConvTransposeProblem p, bool in_bundles, int* about) {
-  using Method = warpgroups::Method<float, false, 2, 152>;
+  using Method = warpgroups::Halves<false>;
   return warpgroups::emulate<Method>(input, weight, output, p, in_bundles, about);
 }
 extern "C" int emulate_hopper_single(const double* input, const double* weight, double* output,
                                      ConvTransposeProblem p, bool in_bundles, int* about) {
-  using Method = warpgroups::Method<float, false, 1, 192>;
+  using Method = warpgroups::Single<float, false>;
   return warpgroups::emulate<Method>(input, weight, output, p, in_bundles, about);
 }

@@ -3,7 +3,7 @@
 // Float16 and bfloat16 as they are; float32 rounded to float16's 11 significant bits, which are
 // TF32's, at twice TF32's rate. TF32 also has float32's range: a scale for each tile and chunk
 // stands in for that, and sums are in units of the last one. All of a tile's products are summed by
-// the tensor cores, which cut off: that is far less than rounding the values was.
+// the tensor cores, which cut off: long sums of one sign err by that most.
 
 #include "warpgroups.cuh"
 
@@ -36,9 +36,10 @@ struct Single : Method<T, LAST, 1, 192> {
       const Way way(first, plan), other_way(second, plan);
       multiply_stages(sum, mine, shared, plan, is_last, [&] {
         multiply_steps(sum, mine, shared, first, way, plan,
-                       [&](uint64_t a, uint64_t b) { multiply_half<Part, 0>(sum, a, b); });
-        multiply_steps(sum, mine, shared, second, other_way, plan,
-                       [&](uint64_t a, uint64_t b) { multiply_half<Part, 1>(sum, a, b); });
+                       [&](uint64_t a, uint64_t b) { multiply_half<Part>(sum, a, b); });
+        multiply_steps(sum, mine, shared, second, other_way, plan, [&](uint64_t a, uint64_t b) {
+          multiply_half<Part>(sum + PIXELS / 4, a, b);
+        });
       });
     }
   }

@@ -155,17 +155,15 @@ template <class M, Reading READING>
 struct Stream {
   using T = typename M::Value;
   using Octets = Unit<M, READING>;
-  static constexpr bool IS_OCTET_LAST = M::IS_LAST;
 
   const T* planes;  // of the stage
   int channels;     // that are left from there on
   int position, channel;
 
   __device__ __forceinline__ void begin(int thread, const Plan& plan) {
-    position = IS_OCTET_LAST ? min(thread / plan.octets(), plan.region - 1)
-                             : thread * Octets::SIZE % plan.region;
-    channel =
-        (IS_OCTET_LAST ? thread % plan.octets() : thread * Octets::SIZE / plan.region) * OCTET;
+    position = M::IS_LAST ? min(thread / plan.octets(), plan.region - 1)
+                          : thread * Octets::SIZE % plan.region;
+    channel = (M::IS_LAST ? thread % plan.octets() : thread * Octets::SIZE / plan.region) * OCTET;
   }
 
   __device__ __forceinline__ void skip(int stages, const Plan& plan, int plane) {
@@ -176,7 +174,7 @@ struct Stream {
 
   // Goes on to the next unit. Past the last one, others are read again.
   __device__ __forceinline__ void go_on(const Plan& plan) {
-    if constexpr (IS_OCTET_LAST) {
+    if constexpr (M::IS_LAST) {
       position += CONVERTERS / plan.octets();
       position -= position >= plan.region ? CONVERTERS / plan.octets() : 0;
     } else {

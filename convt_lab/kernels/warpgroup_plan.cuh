@@ -74,8 +74,9 @@ struct Method {
   static constexpr int MAX_PAIR = PARTS == 2 ? 1 : 2;
   // An octet whose largest value is smaller may lose bits.
   static constexpr float TOO_SMALL_TO_SPLIT = PARTS == 2 ? 0x1p-10f : 0x1p-13f;
-  // What an octet costs a thread, in cycles: its instructions, and lines of the cache if channels
-  // come last, with two octets of a pixel in a stage.
+  // What an octet costs a thread in the model by which plans are chosen, in cycles: not measured,
+  // but set so that plans that were measured to be fast are chosen. Lines of the cache count if
+  // channels come last, here with two octets of a pixel in a stage.
   static constexpr double CONVERTING = PARTS == 2 ? 400.0 : IS_SCALED ? 350.0 : 180.0;
   static constexpr double LINES = LAST ? sizeof(T) * 56.0 : 0.0;
 };
@@ -100,7 +101,7 @@ struct Plan {
   int has_origin;                   // whether a tile's inputs are those that any phase meets,
   int origin_h, origin_w;           // from this one on
   int buffers;                      // of inputs
-  int step_bytes;                   // of a slot's weights
+  int step_bytes;                   // of weights that a supply brings for a step
   int reads_octets;                 // or value by value,
   int unit;                         // for so many neighbours in a row at once
   int step_octets, step_positions;  // that a thread goes on by
@@ -362,7 +363,7 @@ bool cut(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns, i
   return offsets <= INT32_MAX && plan.buffers >= least;
 }
 
-// How long a block takes for a bundle, in cycles, about.
+// How long a block takes for a bundle, in cycles: a rough model, to compare plans by.
 template <class M>
 double cost_of(const Plan& plan) {
   constexpr double WAITING = 300.0, BYTES_PER_CYCLE = 16.0;

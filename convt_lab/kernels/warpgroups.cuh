@@ -55,8 +55,8 @@ __host__ __device__ __forceinline__ int channel_of_row(int row) {
 
 // Packs weights as [group, phase_h, phase_w, part_co, stage, step, 64 of 128 channels, part, half
 // of 16 input channels, output channel, input channel]; the 64 channels come before the stage if
-// each warpgroup is brought its own. Steps go over sub-chunks, and then over
-// taps in the order of the inputs that they meet. Clears the flags of tiles.
+// each warpgroup is brought its own. Steps go over sub-chunks, and then over taps in the order of
+// the inputs that they meet. Clears the flags of tasks.
 template <class M>
 __global__ void __launch_bounds__(PACKERS)
     hopper_pack_kernel(const typename M::Value* __restrict__ weight, float* __restrict__ inverses,
@@ -303,23 +303,28 @@ __device__ __forceinline__ bool store_tile(const Product<M::PIXELS>& sum, const 
   const auto output_of = [&](int i, int channel) {
     return fmaf(sum[i], factors[channel], shifts[channel]);
   };
+  // Stores outputs of the lane's two channels (a and b of the first, c and d of the second) at a
+  // place and `step` behind it.
+  const auto store_four = [&](auto in_pairs, T* to, int step, bool is_left, bool is_right, float a,
+                              float b, float c, float d) {
+    if constexpr (decltype(in_pairs)::value && LAST) {
+      if (is_left && has_first) store_both(to, a, c);
+      if (is_right && has_first) store_both(to + step, b, d);
+    } else if constexpr (decltype(in_pairs)::value) {
+      if (is_left && has_first) store_both(to, a, b);
+      if (is_left && has_second) store_both(to + next_channel, c, d);
+    } else {
+      if (is_left && has_first) set_rounded(to[0], a);
+      if (is_right && has_first) set_rounded(to[step], b);
+      if (is_left && has_second) set_rounded(to[next_channel], c);
+      if (is_right && has_second) set_rounded(to[next_channel + step], d);
+    }
+  };
   const auto store_all = [&](auto in_pairs) {
     for_all(std::integral_constant<int, M::PIXELS / 8>{}, [&](int j, bool is_left, bool is_right) {
-      T* const to = y + static_cast<int64_t>(at.column) * next_column;
-      const float a = output_of(4 * j, 0), b = output_of(4 * j + 1, 0);
-      const float c = output_of(4 * j + 2, 1), d = output_of(4 * j + 3, 1);
-      if constexpr (decltype(in_pairs)::value && LAST) {
-        if (is_left && has_first) store_both(to, a, c);
-        if (is_right && has_first) store_both(to + next_column, b, d);
-      } else if constexpr (decltype(in_pairs)::value) {
-        if (is_left && has_first) store_both(to, a, b);
-        if (is_left && has_second) store_both(to + next_channel, c, d);
-      } else {
-        if (is_left && has_first) set_rounded(to[0], a);
-        if (is_right && has_first) set_rounded(to[next_column], b);
-        if (is_left && has_second) set_rounded(to[next_channel], c);
-        if (is_right && has_second) set_rounded(to[next_channel + next_column], d);
-      }
+      store_four(in_pairs, y + static_cast<int64_t>(at.column) * next_column, next_column, is_left,
+                 is_right, output_of(4 * j, 0), output_of(4 * j + 1, 0), output_of(4 * j + 2, 1),
+                 output_of(4 * j + 3, 1));
     });
   };
   // The same for two phases, whose outputs are neighbours.
@@ -329,22 +334,10 @@ __device__ __forceinline__ bool store_tile(const Product<M::PIXELS>& sum, const 
       T* const to = y + static_cast<int64_t>(at.column) * next_column;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        T* const pixel = to + i * next_column;
         const bool exists = i == 0 ? is_left : is_right;
-        const float a = output_of(4 * j + i, 0), b = output_of(SECOND + 4 * j + i, 0);
-        const float c = output_of(4 * j + i + 2, 1), d = output_of(SECOND + 4 * j + i + 2, 1);
-        if constexpr (decltype(in_pairs)::value && LAST) {
-          if (exists && has_first) store_both(pixel, a, c);
-          if (exists && has_first) store_both(pixel + column_step, b, d);
-        } else if constexpr (decltype(in_pairs)::value) {
-          if (exists && has_first) store_both(pixel, a, b);
-          if (exists && has_second) store_both(pixel + next_channel, c, d);
-        } else {
-          if (exists && has_first) set_rounded(pixel[0], a);
-          if (exists && has_first) set_rounded(pixel[column_step], b);
-          if (exists && has_second) set_rounded(pixel[next_channel], c);
-          if (exists && has_second) set_rounded(pixel[next_channel + column_step], d);
-        }
+        store_four(in_pairs, to + i * next_column, column_step, exists, exists,
+                   output_of(4 * j + i, 0), output_of(SECOND + 4 * j + i, 0),
+                   output_of(4 * j + i + 2, 1), output_of(SECOND + 4 * j + i + 2, 1));
       }
     });
   };
@@ -378,9 +371,9 @@ __device__ __forceinline__ void multiply_tiles(const Shared<M>& shared, int warp
   M::begin(warpgroup);
   for (unsigned bundle = blockIdx.x; bundle < plan.bundles; bundle += gridDim.x) {
     const Turn first_turn = mine.inputs_turn;
-    for (int i = 0; i < plan.bundle; ++i) {
-      const unsigned number = bundle * plan.bundle + i;
-      const bool is_last = i + 1 == plan.bundle;  // others read the same inputs again
+    for (int task_of_bundle = 0; task_of_bundle < plan.bundle; ++task_of_bundle) {
+      const unsigned number = bundle * plan.bundle + task_of_bundle;
+      const bool is_last = task_of_bundle + 1 == plan.bundle;  // others read the inputs again
       Product<M::PIXELS> sum;
 #pragma unroll
       for (int i = 0; i < M::PIXELS / 2; ++i) sum[i] = 0.0f;
@@ -429,13 +422,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     show_tensor_cores();
   }
   __syncthreads();
-  // 65536 in all.
-  constexpr int MULTIPLIER_REGISTERS = M::MULTIPLIER_REGISTERS;
-  constexpr int PRODUCER_REGISTERS = 256 - MULTIPLIER_REGISTERS;
   // The same in all lanes, and the compiler is to know it.
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
   if (warpgroup < PRODUCERS / 128) {
-    keep_registers<PRODUCER_REGISTERS>();
+    keep_registers<256 - M::MULTIPLIER_REGISTERS>();  // of 65536 in all
     if (threadIdx.x < CONVERTERS) {
       constexpr Reading OCTETS = M::IS_LAST ? Reading::CHANNELS : Reading::ROWS;
       if (plan.reads_octets) {
@@ -447,7 +437,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       bring_weights<M>(shared, packed, plan, rows, columns);
     }
   } else {
-    take_registers<MULTIPLIER_REGISTERS>();
+    take_registers<M::MULTIPLIER_REGISTERS>();
     multiply_tiles<M>(shared, warpgroup - PRODUCERS / 128, bias, inverses, output, flags, p, plan,
                       rows, columns);
   }

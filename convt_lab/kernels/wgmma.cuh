@@ -165,33 +165,22 @@ using Product = float[COLUMNS / 2];
 
 // d = a * b, or d += a * b, as soon as may be: begin, multiply_first or multiply, send, and finish,
 // which waits for all that was sent but the last PENDING times. T is the values' type.
-#define PRODUCTS(columns, names)                                                                   \
-  template <class T>                                                                               \
-  __device__ __forceinline__ void multiply_first(Product<columns>& d, uint64_t a, uint64_t b) {    \
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                              \
-      asm volatile(WGMMA(columns, "bf16", "0")                                                     \
-                   : REGISTERS_##columns(WRITTEN, d)                                               \
-                   : "l"(a), "l"(b));                                                              \
-    } else {                                                                                       \
-      asm volatile(WGMMA(columns, "f16", "0") : REGISTERS_##columns(WRITTEN, d) : "l"(a), "l"(b)); \
-    }                                                                                              \
-  }                                                                                                \
-  template <class T>                                                                               \
-  __device__ __forceinline__ void multiply(Product<columns>& d, uint64_t a, uint64_t b) {          \
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                              \
-      asm volatile(WGMMA(columns, "bf16", "1")                                                     \
-                   : REGISTERS_##columns(CHANGED, d)                                               \
-                   : "l"(a), "l"(b));                                                              \
-    } else {                                                                                       \
-      asm volatile(WGMMA(columns, "f16", "1") : REGISTERS_##columns(CHANGED, d) : "l"(a), "l"(b)); \
-    }                                                                                              \
-  }                                                                                                \
-  template <int PENDING = 0>                                                                       \
-  __device__ __forceinline__ void finish_products(Product<columns>& d) {                           \
-    asm volatile("wgmma.wait_group.sync.aligned %" names ";"                                       \
-                 : REGISTERS_##columns(CHANGED, d)                                                 \
-                 : "n"(PENDING)                                                                    \
-                 : "memory");                                                                      \
+#define MULTIPLY(name, columns, product, mode, adds)                                              \
+  template <class T>                                                                              \
+  __device__ __forceinline__ void name(product d, uint64_t a, uint64_t b) {                       \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                             \
+      asm volatile(WGMMA(columns, "bf16", adds) : REGISTERS_##columns(mode, d) : "l"(a), "l"(b)); \
+    } else {                                                                                      \
+      asm volatile(WGMMA(columns, "f16", adds) : REGISTERS_##columns(mode, d) : "l"(a), "l"(b));  \
+    }                                                                                             \
+  }
+#define FINISH(columns, count)                                           \
+  template <int PENDING = 0>                                             \
+  __device__ __forceinline__ void finish_products(Product<columns>& d) { \
+    asm volatile("wgmma.wait_group.sync.aligned %" count ";"             \
+                 : REGISTERS_##columns(CHANGED, d)                       \
+                 : "n"(PENDING)                                          \
+                 : "memory");                                            \
   }
 __device__ __forceinline__ void begin_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -199,21 +188,15 @@ __device__ __forceinline__ void begin_products() {
 __device__ __forceinline__ void send_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-PRODUCTS(152, "76")
-PRODUCTS(192, "96")
+MULTIPLY(multiply_first, 152, Product<152>&, WRITTEN, "0")
+MULTIPLY(multiply, 152, Product<152>&, CHANGED, "1")
+MULTIPLY(multiply, 192, Product<192>&, CHANGED, "1")
+MULTIPLY(multiply_half, 96, float*, CHANGED, "1")  // d is the first or the 49th of a product's sums
+FINISH(152, "76")
+FINISH(192, "96")
 
-// The same for half of a product's columns, the first or the second.
-template <class T, int HALF>
-__device__ __forceinline__ void multiply_half(Product<192>& d, uint64_t a, uint64_t b) {
-  float* const half = d + HALF * 48;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm volatile(WGMMA(96, "bf16", "1") : REGISTERS_96(CHANGED, half) : "l"(a), "l"(b));
-  } else {
-    asm volatile(WGMMA(96, "f16", "1") : REGISTERS_96(CHANGED, half) : "l"(a), "l"(b));
-  }
-}
-
-#undef PRODUCTS
+#undef FINISH
+#undef MULTIPLY
 #undef WGMMA
 #undef CHANGED
 #undef WRITTEN
