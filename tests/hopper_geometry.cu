@@ -18,7 +18,7 @@ bool make_bundles(const ConvTransposeProblem& p, const Axis& rows, const Axis& c
   plan.bundle = plan.phases_h * plan.tasks_w * plan.parts_co;
   plan.has_origin = 1;
   return plan.bundle > 1 && rows.i_step == 1 && columns.i_step == 1 && plan.stages <= MAX_BUFFERS &&
-         cut<M>(p, rows, columns, plan.stripes, along_h.more, along_w.more,
+         cut<M>(p, rows, columns, plan.stripes, along_h, along_w, along_h.more, along_w.more,
                 lead_of(along_w.first, plan.unit), plan);
 }
 
@@ -38,7 +38,7 @@ Result emulate(const double* input, const double* weight, double* output, ConvTr
   const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
   std::vector<int> places(plan.region);
   for (unsigned number = 0; number < plan.tasks; ++number) {
-    const Task leader(number / plan.bundle * plan.bundle, plan, rows, columns);
+    const Task leader(number / plan.bundle * plan.bundle, plan, AxisPhases{rows, columns});
     for (int i = 0; i < plan.region; i += plan.unit) {
       const Place at(leader.first - leader.lead + i + plan.unit - 1, plan);
       const int h = leader.first_h + at.row;
@@ -53,7 +53,7 @@ Result emulate(const double* input, const double* weight, double* output, ConvTr
       }
     }
     for (int second = 0; second < plan.pair; ++second) {
-      const Task task(number, plan, rows, columns, second);
+      const Task task(number, plan, AxisPhases{rows, columns}, second);
       const Way way(task, plan);
       const int taps = task.along_h.taps * task.along_w.taps;
       for (int warpgroup = 0; warpgroup < MULTIPLIERS; ++warpgroup) {
@@ -110,13 +110,11 @@ Result emulate(const double* input, const double* weight, double* output, ConvTr
 
 // For each kernel; outputs are NaN before. `about` gets what the plan is like: phases of a task,
 // tasks of a bundle, stripes, neighbours that are read at once.
-extern "C" int emulate_hopper(const double* input, const double* weight, double* output,
-                              ConvTransposeProblem p, bool in_bundles, int* about) {
-  using Method = warpgroups::Halves<false>;
-  return warpgroups::emulate<Method>(input, weight, output, p, in_bundles, about);
-}
-extern "C" int emulate_hopper_single(const double* input, const double* weight, double* output,
-                                     ConvTransposeProblem p, bool in_bundles, int* about) {
-  using Method = warpgroups::Single<float, false>;
-  return warpgroups::emulate<Method>(input, weight, output, p, in_bundles, about);
-}
+#define EMULATE(NAME, ...)                                                                \
+  extern "C" int NAME(const double* input, const double* weight, double* output,          \
+                      ConvTransposeProblem p, bool in_bundles, int* about) {              \
+    return warpgroups::emulate<__VA_ARGS__>(input, weight, output, p, in_bundles, about); \
+  }
+EMULATE(emulate_hopper, warpgroups::Halves<false, 1>)
+EMULATE(emulate_hopper_pairs, warpgroups::Halves<false, 2>)
+EMULATE(emulate_hopper_single, warpgroups::Single<float, false>)

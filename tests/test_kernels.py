@@ -426,6 +426,33 @@ class TestHopper:
             x[0, 0, 0, 0], x[0, -1, -1, -1] = math.inf, 1e30
         self.judge(kernel, problem, x, weight, bias, channels_last, most)
 
+    @pytest.mark.gpu
+    def test_what_begins_early_waits_for_what_it_needs(self, kernel, channels_last):
+        # Packing many weights takes as long as the rest, and each call has its own.
+        problem = lab.Problem(1, 512, 256, 4, 4, kernel_size=4, stride=2, padding=1)
+        data = [
+            (in_format(x.cuda(), channels_last), weight.cuda())
+            for x, weight, _ in (inputs(problem, seed) for seed in range(8))
+        ]
+
+        def call(x, weight):
+            return kernels[kernel](x, weight, None, **problem.arguments)
+
+        expected = []
+        for x, weight in data:
+            expected.append(call(x, weight))
+            torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            of_graph = [call(x, weight) for x, weight in data]
+        for _ in range(20):
+            at_once = [call(x, weight) for x, weight in data]
+            for y in of_graph:
+                y.fill_(math.nan)
+            graph.replay()
+            assert all(map(torch.equal, at_once, expected))
+            assert all(map(torch.equal, of_graph, expected))
+
     def test_weights_that_are_far_apart(self, kernel, channels_last, device):
         problem, x, weight, bias = self.data(0, device)
         weight[: problem.in_channels // 2, :7] *= 1e-12

@@ -10,21 +10,19 @@
 namespace warpgroups {
 
 template <class T, bool LAST>
-struct Single : Method<T, LAST, 1, 192> {
+struct Single : Method<T, LAST, 1, 192, 1, 2> {
 #if HAS_WGMMA
-  using Base = Method<T, LAST, 1, 192>;
+  using Base = Method<T, LAST, 1, 192, 1, 2>;
   using Base::PIXELS;
 
   __device__ __forceinline__ static void begin(int) {}
 
   __device__ __forceinline__ static void multiply_task(Product<PIXELS>& sum, Multiplier& mine,
                                                        const Shared<Single>& shared,
-                                                       unsigned number, const Plan& plan,
-                                                       const Axis& rows, const Axis& columns,
-                                                       bool is_last) {
+                                                       const Task& task, unsigned number,
+                                                       const Plan& plan, bool is_last) {
     using Part = typename Base::Part;
     if (plan.pair == 1) {
-      const Task task(number, plan, rows, columns);
       const Way way(task, plan);
       multiply_stages(sum, mine, shared, plan, is_last, [&] {
         multiply_steps(sum, mine, shared, task, way, plan,
@@ -32,13 +30,14 @@ struct Single : Method<T, LAST, 1, 192> {
       });
     } else {
       // Two phases have half of the columns each.
-      const Task first(number, plan, rows, columns), second(number, plan, rows, columns, 1);
-      const Way way(first, plan), other_way(second, plan);
+      const Task second(number, plan, shared.barriers->phases, 1);
+      const Way way(task, plan), other_way(second, plan);
       multiply_stages(sum, mine, shared, plan, is_last, [&] {
-        multiply_steps(sum, mine, shared, first, way, plan,
-                       [&](uint64_t a, uint64_t b) { multiply_half<Part>(sum, a, b); });
+        multiply_steps(sum, mine, shared, task, way, plan, [&](uint64_t a, uint64_t b) {
+          multiply<Part>(half_of<PIXELS>(sum, 0), a, b);
+        });
         multiply_steps(sum, mine, shared, second, other_way, plan, [&](uint64_t a, uint64_t b) {
-          multiply_half<Part>(sum + PIXELS / 4, a, b);
+          multiply<Part>(half_of<PIXELS>(sum, 1), a, b);
         });
       });
     }
@@ -51,18 +50,20 @@ struct Single : Method<T, LAST, 1, 192> {
                                                          const Plan& plan, bool is_last,
                                                          const Multiply& multiply_stage) {
     Barriers& barriers = *shared.barriers;
-    const bool stays_behind = plan.bundle == 1 && plan.buffers > 2;
-    float unit;
+    const bool stays_behind = !LAST && plan.bundle == 1 && plan.buffers > 2;
+    float unit, least_unit;
     for (int stage = 0; stage < plan.stages; ++stage) {
       wait(&barriers.inputs_full[mine.inputs_turn.index], mine.inputs_turn.parity);
-      // The second warpgroup stays behind: it multiplies while the first stores its outputs.
+      // The second warpgroup stays behind: it multiplies while the first stores its outputs. Where
+      // channels come last, storing takes too little for that.
       uint64_t* const multiplied = &barriers.multiplied[mine.inputs_turn.index];
       if (stays_behind && mine.warpgroup == 1) wait(multiplied, mine.inputs_turn.parity);
-      // Sums go over to the stage's unit. Where digits might be lost, all is summed again. Without
-      // scales this changes nothing, but for what the compiler makes of it.
+      // Sums go over to the stage's unit. Where those of an earlier stage might lose digits, all is
+      // summed again. Without scales this changes nothing, but for what the compiler makes of it.
       const float inverse = barriers.inverses[mine.inputs_turn.index];
+      least_unit = stage == 0 ? inverse : fminf(least_unit, inverse);
       const float ratio = stage == 0 ? 1.0f : unit / inverse;
-      const float factor = ratio >= 0x1p-100f ? ratio : not_a_number();
+      const float factor = least_unit / inverse >= 0x1p-100f ? ratio : not_a_number();
 #pragma unroll
       for (int i = 0; i < PIXELS / 2; ++i) sum[i] *= factor;
       unit = inverse;

@@ -250,8 +250,8 @@ __device__ __forceinline__ void bring_inputs(const Shared<M>& shared,
   for (unsigned bundle = blockIdx.x; bundle < plan.bundles; bundle += gridDim.x) {
     Stream<M, READING> stream;
     {
-      const Task task(bundle * plan.bundle, plan, rows, columns);
-      if (plan.bundle == 1 && task.is_empty<M>(bundle, plan, rows, columns)) continue;
+      const Task task(bundle * plan.bundle, plan, barriers.phases);
+      if (plan.bundle == 1 && task.is_empty<M>(bundle, plan, barriers.phases)) continue;
       const int first_n = Place(task.first, plan).n;
       any_of<MEETING, CONVERTERS>(false);  // nobody needs the places of the tile before any more
       find_places<M, SIZE>(shared.places, task, first_n, thread, p, plan, rows, columns);
@@ -348,7 +348,8 @@ __device__ __forceinline__ void bring_inputs(const Shared<M>& shared,
           });
           atomicMax(&barriers.largest, __reduce_max_sync(0xFFFFFFFFu, finite));
           any_of<MEETING, CONVERTERS>(false);
-          scale = scale_of(__uint_as_float(barriers.largest));
+          // Zeros may have any scale.
+          if (barriers.largest > 0) scale = scale_of(__uint_as_float(barriers.largest));
           is_bad = false;
           read_again(convert);
           show_tensor_cores();

@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(SCALERS)
     hopper_scale_kernel(const float* __restrict__ weight, float* __restrict__ inverses,
                         ConvTransposeProblem p) {
   __shared__ unsigned largest;
+  let_next_kernel_begin();
   if (threadIdx.x == 0) largest = 0;
   __syncthreads();
   const int group_out = p.out_channels / p.groups, group_in = p.in_channels / p.groups;
@@ -53,65 +54,90 @@ __host__ __device__ __forceinline__ int channel_of_row(int row) {
   return M::IS_LAST ? row / 16 * 16 + row % 8 * 2 + row / 8 % 2 : row;
 }
 
+// Which of a phase's taps the kernel's tap k is, or -1.
+__device__ __forceinline__ int tap_of(const Phase& phase, int k, int k_step) {
+  const int tap = (k - phase.k) / k_step;
+  return k >= phase.k && phase.k + tap * k_step == k && tap < phase.taps ? tap : -1;
+}
+
 // Packs weights as [group, phase_h, phase_w, part_co, stage, step, 64 of 128 channels, part, half
 // of 16 input channels, output channel, input channel]; the 64 channels come before the stage if
 // each warpgroup is brought its own. Steps go over sub-chunks, and then over taps in the order of
-// the inputs that they meet. Clears the flags of tasks.
+// the inputs that they meet. A thread packs eight input channels of a tap: neighbouring taps are
+// neighbours in memory, so one block has several. Clears the flags of tasks.
 template <class M>
 __global__ void __launch_bounds__(PACKERS)
     hopper_pack_kernel(const typename M::Value* __restrict__ weight, float* __restrict__ inverses,
                        char* __restrict__ packed, char* __restrict__ flags, ConvTransposeProblem p,
-                       Axis rows, Axis columns, Plan plan, int blocks) {
+                       Axis rows, Axis columns, Plan plan, int64_t octets) {
   using T = typename M::Value;
+  extern __shared__ __align__(128) char memory[];
+  Phases& phases = *reinterpret_cast<Phases*>(memory);
+  phases.find(plan, rows, columns);
+  let_next_kernel_begin();
+  if constexpr (M::IS_SCALED) wait_for_last_kernel();  // it finds the inverses
   for (unsigned i = blockIdx.x * PACKERS + threadIdx.x; i < plan.tasks; i += gridDim.x * PACKERS) {
     flags[i] = NONE;
   }
-  unsigned digits = blockIdx.x;
-  const int block = take_digit(digits, blocks);
-  const unsigned owner = digits;
-  const int part_co = take_digit(digits, plan.parts_co);
-  const Phase along_w = phase_of(columns, take_digit(digits, plan.phases_w));
-  const Phase along_h = phase_of(rows, take_digit(digits, plan.phases_h));
-  const int group = digits;
+  __syncthreads();
   const int group_in = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
-  const int taps = along_h.taps * along_w.taps, filter_size = p.kernel_h * p.kernel_w;
-
-  unsigned number = block * PACKERS + threadIdx.x;  // of an octet
-  const int row = take_digit(number, CO), half = take_digit(number, 2);
-  const int part = take_digit(number, plan.tile_parts());
-  const int step = take_digit(number, plan.max_steps), stage = number;
-  if (step >= taps * plan.subchunks || stage >= plan.stages) return;
-  const int tap_h = along_h.taps - 1 - step % taps / along_w.taps;
-  const int tap_w = along_w.taps - 1 - step % taps % along_w.taps;
-  const int co = (part_co * plan.tile_parts() + part) * CO + channel_of_row<M>(row);
-  const int first_ci = (stage * plan.subchunks + step / taps) * CI + half * OCTET;
-  const T* const from =
-      weight +
-      ((static_cast<int64_t>(group) * group_in + first_ci) * group_out + co) * filter_size +
-      (along_h.k + tap_h * rows.k_step) * p.kernel_w + along_w.k + tap_w * columns.k_step;
-  T values[OCTET];
+  const int filter_size = p.kernel_h * p.kernel_w;
+  const int64_t threads = int64_t{gridDim.x} * PACKERS;
+  for (int64_t i = int64_t{blockIdx.x} * PACKERS + threadIdx.x; i < octets; i += threads) {
+    const int row = i % CO, half = i / CO % 2;
+    auto number = static_cast<unsigned>(i / (2 * CO));
+    const int kw = take_digit(number, p.kernel_w), kh = take_digit(number, p.kernel_h);
+    const int part = take_digit(number, plan.tile_parts());
+    const int subchunk = take_digit(number, plan.subchunks);
+    const int stage = take_digit(number, plan.stages);
+    const int part_co = take_digit(number, plan.parts_co), group = number;
+    const int co = (part_co * plan.tile_parts() + part) * CO + channel_of_row<M>(row);
+    const int first_ci = (stage * plan.subchunks + subchunk) * CI + half * OCTET;
+    const T* const from =
+        weight +
+        ((static_cast<int64_t>(group) * group_in + first_ci) * group_out + co) * filter_size +
+        kh * p.kernel_w + kw;
+    T values[OCTET];
 #pragma unroll
-  for (int i = 0; i < OCTET; ++i) {
-    const bool exists = co < group_out && first_ci + i < group_in;
-    values[i] =
-        exists ? from[static_cast<int64_t>(i) * group_out * filter_size] : tensor::zero<T>();
-  }
-  const int64_t supply = M::SHARES_WEIGHTS ? owner : owner * plan.tile_parts() + part;
-  char* const to = packed + supply * plan.supply_bytes() +
-                   (static_cast<int64_t>(stage) * plan.max_steps + step) * plan.step_bytes +
-                   (M::SHARES_WEIGHTS ? part : 0) * M::STEP_BYTES + (half * CO + row) * 16;
-  if constexpr (M::IS_SCALED) {
-    const float inverse = co < group_out ? inverses[group * group_out + co] : 1.0f;
-    const Parts<M::PARTS> split =
-        warpgroups::split<M::PARTS>(values, inverse == inverse ? 1.0f / inverse : 1.0f);
-    // All that the channel's weights make is summed again then.
-    if (is_lossy<M>(split)) inverses[group * group_out + co] = not_a_number();
-#pragma unroll
-    for (int i = 0; i < M::PARTS; ++i) {
-      *reinterpret_cast<uint4*>(to + i * PART_BYTES) = split.parts[i];
+    for (int c = 0; c < OCTET; ++c) {
+      const bool exists = co < group_out && first_ci + c < group_in;
+      values[c] =
+          exists ? from[static_cast<int64_t>(c) * group_out * filter_size] : tensor::zero<T>();
     }
-  } else {
-    *reinterpret_cast<uint4*>(to) = pack(values);
+    uint4 parts[M::PARTS];
+    if constexpr (M::IS_SCALED) {
+      const float inverse = co < group_out ? inverses[group * group_out + co] : 1.0f;
+      const Parts<M::PARTS> split =
+          warpgroups::split<M::PARTS>(values, inverse == inverse ? 1.0f / inverse : 1.0f);
+      // All that the channel's weights make is summed again then.
+      if (is_lossy<M>(split)) inverses[group * group_out + co] = not_a_number();
+#pragma unroll
+      for (int k = 0; k < M::PARTS; ++k) parts[k] = split.parts[k];
+    } else {
+      parts[0] = pack(values);
+    }
+    // For every phase that has the tap.
+    for (int phase_h = 0; phase_h < plan.phases_h; ++phase_h) {
+      const Phase along_h = phases.along_h(phase_h);
+      const int tap_h = tap_of(along_h, kh, rows.k_step);
+      if (tap_h < 0) continue;
+      for (int phase_w = 0; phase_w < plan.phases_w; ++phase_w) {
+        const Phase along_w = phases.along_w(phase_w);
+        const int tap_w = tap_of(along_w, kw, columns.k_step);
+        if (tap_w < 0) continue;
+        const int64_t owner = owner_of(plan, group, phase_h, phase_w, part_co);
+        const int64_t supply = M::SHARES_WEIGHTS ? owner : owner * plan.tile_parts() + part;
+        const int step = (subchunk * along_h.taps + along_h.taps - 1 - tap_h) * along_w.taps +
+                         along_w.taps - 1 - tap_w;
+        char* const to = packed + supply * plan.supply_bytes() +
+                         (static_cast<int64_t>(stage) * plan.max_steps + step) * plan.step_bytes +
+                         (M::SHARES_WEIGHTS ? part : 0) * M::STEP_BYTES + (half * CO + row) * 16;
+#pragma unroll
+        for (int k = 0; k < M::PARTS; ++k) {
+          *reinterpret_cast<uint4*>(to + k * PART_BYTES) = parts[k];
+        }
+      }
+    }
   }
 }
 
@@ -132,20 +158,20 @@ struct Supply {
 // One thread asks for them, whichever is wanted first.
 template <class M>
 __device__ __forceinline__ void bring_weights(const Shared<M>& shared, const char* packed,
-                                              const Plan& plan, const Axis& rows,
-                                              const Axis& columns) {
+                                              const Plan& plan) {
   Barriers& barriers = *shared.barriers;
   const int parts = M::SUPPLIES > 1 ? plan.tile_parts() : 1;
+  wait_for_last_kernel();
   const auto begin_task = [&](Supply& supply, int number) {
     supply.stage = supply.step = 0;
     for (; supply.bundle < plan.bundles; supply.bundle += gridDim.x, supply.task = 0) {
       for (; supply.task < plan.bundle; ++supply.task) {
         const unsigned number_of_task = supply.bundle * plan.bundle + supply.task;
-        const Task task(number_of_task, plan, rows, columns);
+        const Task task(number_of_task, plan, barriers.phases);
         supply.steps[0] = task.steps;
         supply.steps[1] = 0;
         if (M::MAX_PAIR > 1 && plan.pair > 1) {
-          supply.steps[1] = Task(number_of_task, plan, rows, columns, 1).steps;
+          supply.steps[1] = Task(number_of_task, plan, barriers.phases, 1).steps;
         }
         if (supply.steps[0] + supply.steps[1] == 0) continue;
         supply.phase = supply.steps[0] == 0;
@@ -369,6 +395,7 @@ __device__ __forceinline__ void multiply_tiles(const Shared<M>& shared, int warp
   Multiplier mine = {warpgroup, plan.shares_pixels ? 0 : warpgroup * (plan.tile_pixels / 2),
                      plan.shares_pixels ? warpgroup : 0};
   M::begin(warpgroup);
+  wait_for_last_kernel();  // it clears the flags, too
   for (unsigned bundle = blockIdx.x; bundle < plan.bundles; bundle += gridDim.x) {
     const Turn first_turn = mine.inputs_turn;
     for (int task_of_bundle = 0; task_of_bundle < plan.bundle; ++task_of_bundle) {
@@ -377,17 +404,20 @@ __device__ __forceinline__ void multiply_tiles(const Shared<M>& shared, int warp
       Product<M::PIXELS> sum;
 #pragma unroll
       for (int i = 0; i < M::PIXELS / 2; ++i) sum[i] = 0.0f;
-      if (!Task(number, plan, rows, columns).is_empty<M>(number, plan, rows, columns)) {
-        mine.inputs_turn = first_turn;
-        M::multiply_task(sum, mine, shared, number, plan, rows, columns, is_last);
-      } else if (is_last && plan.bundle > 1) {
-        mine.inputs_turn = first_turn;
-        for (int stage = 0; stage < plan.stages; ++stage) {
-          leave(&shared.barriers->inputs_empty[mine.inputs_turn.index]);
-          mine.inputs_turn.next(plan.buffers);
+      {  // registers are short: storing finds the task anew
+        const Task task(number, plan, shared.barriers->phases);
+        if (!task.is_empty<M>(number, plan, shared.barriers->phases)) {
+          mine.inputs_turn = first_turn;
+          M::multiply_task(sum, mine, shared, task, number, plan, is_last);
+        } else if (is_last && plan.bundle > 1) {
+          mine.inputs_turn = first_turn;
+          for (int stage = 0; stage < plan.stages; ++stage) {
+            leave(&shared.barriers->inputs_empty[mine.inputs_turn.index]);
+            mine.inputs_turn.next(plan.buffers);
+          }
         }
       }
-      const Task task(number, plan, rows, columns);
+      const Task task(number, plan, shared.barriers->phases);
       // Infinities, or numbers too far apart: another kernel looks at them.
       if (!store_tile<M>(sum, mine, bias, inverses, output, task, p, plan, rows, columns)) {
         flags[number] = SOME;
@@ -407,6 +437,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #if HAS_WGMMA
   extern __shared__ __align__(128) char memory[];
   const Shared<M> shared(memory, plan);
+  shared.barriers->phases.find(plan, rows, columns);
+  let_next_kernel_begin();  // converting needs nothing of the last one
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.buffers; ++i) {
       initialise(&shared.barriers->inputs_full[i], 1);
@@ -434,7 +466,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         bring_inputs<M, Reading::VALUES>(shared, input, p, plan, rows, columns, threadIdx.x);
       }
     } else if (threadIdx.x == CONVERTERS) {
-      bring_weights<M>(shared, packed, plan, rows, columns);
+      bring_weights<M>(shared, packed, plan);
     }
   } else {
     take_registers<M::MULTIPLIER_REGISTERS>();
@@ -458,11 +490,10 @@ __global__ void __launch_bounds__(REPAIRERS, 2)
                          ConvTransposeProblem p, Axis rows, Axis columns, Plan plan) {
   const int group_out = p.out_channels / p.groups;
   const int pixels = plan.tile_pixels, count_co = CO * plan.tile_parts();
-  for (unsigned number = blockIdx.x; number < plan.tasks; number += gridDim.x) {
-    const char flag = flags[number];
-    if (flag == NONE) continue;
+  wait_for_last_kernel();
+  const auto repair = [&](unsigned number, char flag) {
     for (int second = 0; second < (M::MAX_PAIR > 1 ? plan.pair : 1); ++second) {
-      const Task task(number, plan, rows, columns, second);
+      const Task task(number, plan, AxisPhases{rows, columns}, second);
       for (int i = threadIdx.x; i < count_co * pixels; i += REPAIRERS) {
         const Place at(task.first + i % pixels, plan);
         const int co = task.part_co * count_co + i / pixels;
@@ -482,6 +513,15 @@ __global__ void __launch_bounds__(REPAIRERS, 2)
                                       oh, ow);
       }
     }
+  };
+  for (unsigned first = blockIdx.x; first < plan.tasks; first += gridDim.x * REPAIRERS) {
+    // Mostly there is none, so all threads look at once.
+    const unsigned mine = first + threadIdx.x * gridDim.x;
+    if (!__syncthreads_or(mine < plan.tasks && flags[mine] != NONE)) continue;
+    for (unsigned i = 0, number = first; i < REPAIRERS && number < plan.tasks;
+         ++i, number += gridDim.x) {
+      if (flags[number] != NONE) repair(number, flags[number]);
+    }
   }
 }
 
@@ -499,10 +539,29 @@ struct Packed {
         bytes(inverses_bytes + weights_bytes + plan.tasks) {}
 };
 
-template <class M>
-int64_t packed_bytes(const ConvTransposeProblem& p) {
-  Plan plan = {};
-  return make_plan<M>(p, rows_of(p), columns_of(p), plan) ? Packed<M>(p, plan).bytes : -1;
+// Starts a kernel when all blocks of the one before have said that it may begin. What it needs of
+// that one, it waits for (wgmma.cuh), if it is compiled for nothing but GPUs where it can.
+template <class... P, class... A>
+void start_early(void (*kernel)(P...), unsigned blocks, int threads, std::size_t shared_bytes,
+                 cudaStream_t stream, const A&... arguments) {
+#ifdef __CUDA_ARCH_LIST__
+  constexpr int ARCHITECTURES[] = {__CUDA_ARCH_LIST__};  // the oldest comes first
+  if constexpr (ARCHITECTURES[0] >= 900) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, P(arguments)...);  // cudaGetLastError() tells
+    return;
+  }
+#endif
+  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
 }
 
 template <class M, class T = typename M::Value>
@@ -515,10 +574,8 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
   choose_units<M>(p, columns, reinterpret_cast<uintptr_t>(input) % aligned == 0, plan);
   choose_steps(plan);
   const Packed<M> packed(p, plan);
-  const int64_t octets =
-      static_cast<int64_t>(plan.stages) * plan.max_steps * plan.tile_parts() * CO * 2;
-  const int64_t packers = ceil_div(octets, PACKERS);
-  if (octets > INT32_MAX || packers * packed.owners > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t octets = static_cast<int64_t>(p.groups) * plan.parts_co * plan.tile_parts() * CO *
+                         2 * plan.stages * plan.subchunks * p.kernel_h * p.kernel_w;
   const int shared_bytes = static_cast<int>(Shared<M>::bytes(plan));
   const cudaError_t error = cudaFuncSetAttribute(
       hopper_kernel<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -527,30 +584,67 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
   float* const inverses = static_cast<float*>(memory);
   char* const weights = static_cast<char*>(memory) + packed.inverses_bytes;
   char* const flags = weights + packed.weights_bytes;
+  const unsigned sms = multiprocessors();
+  const auto packers = static_cast<unsigned>(min(ceil_div(octets, PACKERS), int64_t{8} * sms));
   if constexpr (M::IS_SCALED) {
     hopper_scale_kernel<<<static_cast<unsigned>(p.out_channels), SCALERS, 0, stream>>>(weight,
                                                                                        inverses, p);
+    start_early(hopper_pack_kernel<M>, packers, PACKERS, sizeof(Phases), stream, weight, inverses,
+                weights, flags, p, rows, columns, plan, octets);
+  } else {
+    hopper_pack_kernel<M><<<packers, PACKERS, sizeof(Phases), stream>>>(
+        weight, inverses, weights, flags, p, rows, columns, plan, octets);
   }
-  hopper_pack_kernel<M><<<static_cast<unsigned>(packers * packed.owners), PACKERS, 0, stream>>>(
-      weight, inverses, weights, flags, p, rows, columns, plan, static_cast<int>(packers));
   // Blocks stay, and take one tile after the other.
-  const unsigned blocks = min(plan.bundles, static_cast<unsigned>(multiprocessors()));
-  hopper_kernel<M><<<blocks, THREADS, shared_bytes, stream>>>(
-      input, bias, inverses, weights, output, flags, p, rows, columns, plan);
-  hopper_repair_kernel<M><<<blocks, REPAIRERS, 0, stream>>>(input, weight, bias, output, flags, p,
-                                                            rows, columns, plan);
+  const unsigned blocks = min(plan.bundles, sms);
+  start_early(hopper_kernel<M>, blocks, THREADS, shared_bytes, stream, input, bias, inverses,
+              weights, output, flags, p, rows, columns, plan);
+  start_early(hopper_repair_kernel<M>, blocks, REPAIRERS, 0, stream, input, weight, bias, output,
+              flags, p, rows, columns, plan);
   return cudaGetLastError();
+}
+
+// Calls use(method) with the method whose plan costs least.
+template <class M, class Use>
+auto with_cheapest(const ConvTransposeProblem&, const Use& use) {
+  return use(M{});
+}
+template <class M, class Other, class Use>
+auto with_cheapest(const ConvTransposeProblem& p, const Use& use) {
+  Plan plan = {}, other = {};
+  const Axis rows = rows_of(p), columns = columns_of(p);
+  const bool is_covered = make_plan<M>(p, rows, columns, plan);
+  const bool has_other = make_plan<Other>(p, rows, columns, other);
+  return has_other && (!is_covered || other.cost < plan.cost) ? use(Other{}) : use(M{});
+}
+
+template <class... Methods>
+int64_t packed_bytes(const ConvTransposeProblem& p) {
+  return with_cheapest<Methods...>(p, [&](auto method) -> int64_t {
+    using M = decltype(method);
+    Plan plan = {};
+    return make_plan<M>(p, rows_of(p), columns_of(p), plan) ? Packed<M>(p, plan).bytes : -1;
+  });
+}
+
+template <class... Methods, class T>
+cudaError_t launch_cheapest(const T* input, const T* weight, const T* bias, T* output, void* packed,
+                            const ConvTransposeProblem& p, cudaStream_t stream) {
+  return with_cheapest<Methods...>(p, [&](auto method) {
+    return launch<decltype(method)>(input, weight, bias, output, packed, p, stream);
+  });
 }
 
 }  // namespace warpgroups
 
-// A launcher for a method, and how much memory its packed weights take, in bytes (-1 if it is not
-// for the problem).
+// A launcher for a method or two, and how much memory its packed weights take, in bytes (-1 if it
+// is not for the problem).
 #define HOPPER_LAUNCHER(NAME, T, ...)                                                       \
   extern "C" int64_t NAME##_packed_bytes(ConvTransposeProblem p) {                          \
     return warpgroups::packed_bytes<__VA_ARGS__>(p);                                        \
   }                                                                                         \
   extern "C" cudaError_t NAME(const T* input, const T* weight, const T* bias, T* output,    \
                               void* packed, ConvTransposeProblem p, cudaStream_t stream) {  \
-    return warpgroups::launch<__VA_ARGS__>(input, weight, bias, output, packed, p, stream); \
+    return warpgroups::launch_cheapest<__VA_ARGS__>(input, weight, bias, output, packed, p, \
+                                                    stream);                                \
   }

@@ -18,6 +18,22 @@
 
 namespace warpgroups {
 
+// ---- Kernels that begin early (warpgroups.cuh: start_early) ------------------------------------
+
+// The next kernel may begin as soon as all blocks have called this, before they end.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// All that the kernel before wrote is there afterwards.
+__device__ __forceinline__ void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #if HAS_WGMMA
 
 __device__ __forceinline__ uint32_t address_of(const void* shared) {
@@ -127,6 +143,12 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int next) {
 template <int COLUMNS>
 using Product = float[COLUMNS / 2];
 
+// Half of the columns: the first ones, or the others.
+template <int COLUMNS>
+__device__ __forceinline__ Product<COLUMNS / 2>& half_of(Product<COLUMNS>& d, int half) {
+  return reinterpret_cast<Product<COLUMNS / 2>&>(d[half * (COLUMNS / 4)]);
+}
+
 #define REGISTERS4(mode, d, i) mode(d[i]), mode(d[i + 1]), mode(d[i + 2]), mode(d[i + 3])
 #define REGISTERS16(mode, d, i)                                                   \
   REGISTERS4(mode, d, i), REGISTERS4(mode, d, i + 4), REGISTERS4(mode, d, i + 8), \
@@ -165,9 +187,9 @@ using Product = float[COLUMNS / 2];
 
 // d = a * b, or d += a * b, as soon as may be: begin, multiply_first or multiply, send, and finish,
 // which waits for all that was sent but the last PENDING times. T is the values' type.
-#define MULTIPLY(name, columns, product, mode, adds)                                              \
+#define MULTIPLY(name, columns, mode, adds)                                                       \
   template <class T>                                                                              \
-  __device__ __forceinline__ void name(product d, uint64_t a, uint64_t b) {                       \
+  __device__ __forceinline__ void name(Product<columns>& d, uint64_t a, uint64_t b) {             \
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                             \
       asm volatile(WGMMA(columns, "bf16", adds) : REGISTERS_##columns(mode, d) : "l"(a), "l"(b)); \
     } else {                                                                                      \
@@ -188,10 +210,12 @@ __device__ __forceinline__ void begin_products() {
 __device__ __forceinline__ void send_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-MULTIPLY(multiply_first, 152, Product<152>&, WRITTEN, "0")
-MULTIPLY(multiply, 152, Product<152>&, CHANGED, "1")
-MULTIPLY(multiply, 192, Product<192>&, CHANGED, "1")
-MULTIPLY(multiply_half, 96, float*, CHANGED, "1")  // d is the first or the 49th of a product's sums
+MULTIPLY(multiply_first, 96, WRITTEN, "0")
+MULTIPLY(multiply_first, 152, WRITTEN, "0")
+MULTIPLY(multiply, 96, CHANGED, "1")
+MULTIPLY(multiply, 152, CHANGED, "1")
+MULTIPLY(multiply, 192, CHANGED, "1")
+FINISH(96, "48")
 FINISH(152, "76")
 FINISH(192, "96")
 
