@@ -461,7 +461,7 @@ def choose_by_table(
     for name in ours:
         near = _nearest(plain, [m for m in known if name in m.kernels])
         if near:
-            found[name] = _predicted(name, near), near
+            found[name] = min(_predicted(name, near), _ceiling(name, near, plain, known)), near
     if not found:
         return _without_measurements(problem, dtype, tf32, ours)
     best = max(found, key=lambda name: found[name][0])
@@ -491,9 +491,30 @@ def _nearest(problem: Problem, known: Sequence[Measurement]) -> list[tuple[float
 
 def _predicted(kernel: str, near: Sequence[tuple[float, Measurement]]) -> float:
     """Return the mean of the ratios (their logarithms'), the nearer ones counting more."""
-    weights = [1 / (0.25 + gap) ** 2 for gap, _ in near]
-    logs = [math.log(m.ratio(kernel)) for _, m in near]
-    total = math.fsum(w * x for w, x in zip(weights, logs, strict=True))
+    return _mean([gap for gap, _ in near], [m.ratio(kernel) for _, m in near])
+
+
+def _ceiling(
+    kernel: str,
+    near: Sequence[tuple[float, Measurement]],
+    problem: Problem,
+    known: Sequence[Measurement],
+) -> float:
+    """Return what the ratio would be if the kernel took as little as it ever did.
+
+    Packing weights and filling the GPU take their time however small a problem is, so a large one
+    says too much good of a kernel. PyTorch's own is taken to need time for each byte as it did for
+    the similar ones, and no less than it ever did.
+    """
+    scaled = [m.pytorch * problem.compulsory_bytes / m.problem.compulsory_bytes for _, m in near]
+    pytorch = max(_mean([gap for gap, _ in near], scaled), min(m.pytorch for m in known))
+    return pytorch / min(m.kernels[kernel] for m in known if kernel in m.kernels)
+
+
+def _mean(gaps: Sequence[float], values: Sequence[float]) -> float:
+    """Return the geometric mean of values, those at the smaller gaps counting more."""
+    weights = [1 / (0.25 + gap) ** 2 for gap in gaps]
+    total = math.fsum(w * math.log(value) for w, value in zip(weights, values, strict=True))
     return math.exp(total / math.fsum(weights))
 
 

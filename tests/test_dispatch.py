@@ -456,6 +456,16 @@ class TestTable:
         assert choice.kernel == "pytorch"
         assert "too little to leave it to ours" in choice.reason
 
+    def test_no_time_is_expected_that_a_kernel_never_reached(self):
+        large, small = replace(DENSE, batch=64), replace(DENSE, batch=4)
+        seen = measured(large, 2.0, a=0.5)
+        unlike = replace(DENSE, kernel_size=(11, 11))
+        assert by_table(seen, problem=small).kernel == "a"
+        # PyTorch's own was as quick as it would have to be, and this kernel never was ...
+        assert by_table(seen, measured(unlike, 0.01, b=9.0), problem=small).kernel == "pytorch"
+        # ... or was, once.
+        assert by_table(seen, measured(unlike, 0.01, a=0.02), problem=small).kernel == "a"
+
     def test_the_better_of_two_kernels(self):
         near = measured(replace(DENSE, batch=7), a=1.0, b=0.9)
         assert by_table(near).kernel == "b"

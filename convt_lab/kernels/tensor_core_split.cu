@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     unsigned a_of_tap =
         (first * plan.count_co + share.part_co) * plan.chunks * plan.max_taps * OF_TAP + lane;
     Weights<PARTS> a;
-    load_weights<PARTS>(a, packed + a_of_tap);
+    if (taps > 0) load_weights<PARTS>(a, packed + a_of_tap);
 
     const Source<T, LAST> source(input, p, share.corner.n, share.group, plan.is_aligned);
     for_each_chunk(shared, source, plan.tile.inputs(), group_in, [&](bool has_next) {

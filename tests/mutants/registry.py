@@ -329,6 +329,7 @@ KERNELS = (
         "kernels/warpgroup_plan.cuh",
         " + first_of(along_w) - first_w;",
         ";",
+        "test_hopper_geometry.py::test_each_output_is_its_sum_and_stored_once[False-hopper_pairs]",
         "test_hopper_geometry.py::test_each_output_is_its_sum_and_stored_once[False-hopper_single]",
     ),
     mutant(
@@ -339,6 +340,14 @@ KERNELS = (
         "functools.partial(_fits_hopper, max_region=1100)",
         "test_kernels.py::TestWhatIsCovered::test_the_launcher_agrees[hopper_single]",
         errors=("KernelError",),
+    ),
+    mutant(
+        "small-problems-as-quick-as-large-ones",
+        "of a small problem a kernel is expected to gain what it gains on a large one",
+        "dispatch.py",
+        "min(_predicted(name, near), _ceiling(name, near, plain, known))",
+        "_predicted(name, near)",
+        "test_dispatch.py::TestTable::test_no_time_is_expected_that_a_kernel_never_reached",
     ),
     mutant(
         "hoppers-instructions-on-every-gpu",
