@@ -436,7 +436,7 @@ def choose_by_table(
     table
         What was measured.
     problem, dtype, channels_last, tf32
-        What is to be computed. There is none of bfloat16 but what is measured of float16.
+        What is to be computed. For bfloat16 counts what was measured in float16, too.
     ours
         Our kernels that can.
     is_other_gpu
@@ -449,14 +449,12 @@ def choose_by_table(
         measured (but see `_without_measurements`).
     """
     where = f"on {'another GPU, ' if is_other_gpu else ''}{table.gpu}"
-    form = _as_measured(table, dtype), channels_last, tf32
-    if form[0] != dtype:
-        where += f" in {form[0]}"
     plain = measurements.without_bias(problem)
-    known = [m for m in table.measurements if m.form == form]
+    known = _known(table, dtype, channels_last, tf32)
     same = [m for m in known if m.problem == plain]
     if same and not is_other_gpu:
-        return _by_times({PYTORCH: same[0].pytorch, **same[0].kernels}, ours, f"measured {where}")
+        how = f"measured {where}{_other_dtypes(same[:1], dtype)}"
+        return _by_times({PYTORCH: same[0].pytorch, **same[0].kernels}, ours, how)
     found = {}
     for name in ours:
         near = _nearest(plain, [m for m in known if name in m.kernels])
@@ -467,6 +465,7 @@ def choose_by_table(
     best = max(found, key=lambda name: found[name][0])
     ratio, near = found[best]
     count = "a similar problem" if len(near) == 1 else f"{len(near)} similar problems"
+    where += _other_dtypes([m for _, m in near], dtype)
     text = f"by {count} measured {where}, {best} is expected to be {ratio:.2f} times as fast as "
     needed = MARGIN_OTHER_GPU if is_other_gpu else MARGIN_SIMILAR
     nearest = near[0][1].ratio(best)
@@ -475,11 +474,19 @@ def choose_by_table(
     return Choice(PYTORCH, f"{text}it: too little to leave it to ours")
 
 
-def _as_measured(table: Table, dtype: str) -> str:
-    """Return the dtype whose measurements count: float16's for bfloat16, which moves as much."""
-    if dtype == "bfloat16" and not any(m.dtype == dtype for m in table.measurements):
-        return "float16"
-    return dtype
+def _known(table: Table, dtype: str, channels_last: bool, tf32: bool) -> list[Measurement]:
+    """Return what was measured in a form; for bfloat16, after that what was in float16.
+
+    Both move as much, and are multiplied at the same rate.
+    """
+    forms = [(d, channels_last, tf32) for d in (dtype, *["float16"] * (dtype == "bfloat16"))]
+    return [m for form in forms for m in table.measurements if m.form == form]
+
+
+def _other_dtypes(known: Sequence[Measurement], dtype: str) -> str:
+    """Say in which dtype problems were measured, where that is another."""
+    others = sorted({m.dtype for m in known} - {dtype})
+    return f" in {' and '.join(others)}" if others else ""
 
 
 def _nearest(problem: Problem, known: Sequence[Measurement]) -> list[tuple[float, Measurement]]:

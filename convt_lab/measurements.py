@@ -27,12 +27,15 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convt_lab import operator_record, records
 from convt_lab.operator_record import OperatorRecord
 from convt_lab.problem import Problem
 from convt_lab.records import Node, Record, Software
+
+if TYPE_CHECKING:
+    from convt_lab.decoder_record import DecoderRecord
 
 __all__ = [
     "FILE",
@@ -45,6 +48,7 @@ __all__ = [
     "save",
     "table_of",
     "tables_of_records",
+    "without",
 ]
 
 #: The version of the schema that is written and read.
@@ -124,11 +128,26 @@ def without_bias(problem: Problem) -> Problem:
     return replace(problem, bias=False) if problem.bias else problem
 
 
+def without(tables: Iterable[Table], problems: Collection[Problem]) -> tuple[Table, ...]:
+    """Return the tables as if some problems had not been measured."""
+    left_out = set(map(without_bias, problems))
+    return tuple(
+        replace(
+            table,
+            measurements=tuple(m for m in table.measurements if m.problem not in left_out),
+        )
+        for table in tables
+    )
+
+
 # ---- From the records ----------------------------------------------------------------------------
 
 
 def table_of(
-    *found: OperatorRecord, ladder: Record | None = None, leave_out: Collection[str] = ()
+    *found: OperatorRecord,
+    ladder: Record | None = None,
+    decoder: DecoderRecord | None = None,
+    leave_out: Collection[str] = (),
 ) -> Table:
     """Make the table of one GPU model.
 
@@ -139,6 +158,8 @@ def table_of(
     ladder
         The ladder's record: its shapes and curves are further float32 problems. There must be at
         least one record.
+    decoder
+        A network's record, in which each of its layers was measured by itself.
     leave_out
         Kernels that are never chosen.
 
@@ -150,6 +171,7 @@ def table_of(
     for measurement in (
         *(m for record in found for m in _of_operator(record)),
         *_of_ladder(ladder),
+        *_of_decoder(decoder),
     ):
         kernels = {n: s for n, s in measurement.kernels.items() if n not in leave_out}
         measured.setdefault(measurement.key, replace(measurement, kernels=kernels))
@@ -189,6 +211,20 @@ def _of_ladder(record: Record | None) -> Iterable[Measurement]:
                 yield Measurement(problem, "float32", False, tf32, seconds[pytorch], kernels)
 
 
+def _of_decoder(record: DecoderRecord | None) -> Iterable[Measurement]:
+    for mode in record.modes if record else ():
+        for layer in mode.alone.values():
+            kernels = dict(layer.seconds)
+            yield Measurement(
+                problem=without_bias(layer.problem),
+                dtype=mode.dtype,
+                channels_last=mode.memory_format == "channels_last",
+                tf32=mode.dtype == "float32" and mode.allow_tf32,
+                pytorch=kernels.pop(operator_record.PYTORCH),
+                kernels=kernels,
+            )
+
+
 def tables_of_records(folder: Path | None = None, leave_out: Collection[str] = ()) -> list[Table]:
     """Make a table of each GPU that has records in a folder, the repository's if None.
 
@@ -197,6 +233,9 @@ def tables_of_records(folder: Path | None = None, leave_out: Collection[str] = (
     RecordError
         If a record is not as its schema says.
     """
+    # Whoever only looks a table up does not need torch's profiler.
+    from convt_lab import decoder_record
+
     folder = folder or records.FOLDER
     ladders = {name: records.load(folder / f"{name}.json") for name in records.names(folder)}
     others: dict[str, list[OperatorRecord]] = {}
@@ -205,7 +244,12 @@ def tables_of_records(folder: Path | None = None, leave_out: Collection[str] = (
             record = operator_record.load(folder / f"{name}.json")
             others.setdefault(name.removesuffix(f"-{what}"), []).append(record)
     return [
-        table_of(*others.get(name, ()), ladder=ladders.get(name), leave_out=leave_out)
+        table_of(
+            *others.get(name, ()),
+            ladder=ladders.get(name),
+            decoder=decoder_record.find(f"{name}-decoder", folder),
+            leave_out=leave_out,
+        )
         for name in sorted({*ladders, *others})
     ]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from convt_lab import Problem, autotune, dispatch, measurements, records
+from convt_lab import Problem, autotune, decoder_record, dispatch, measurements, records
 from convt_lab.dispatch import Choice, choose_by_table
 from convt_lab.measurements import Measurement, Table
 from convt_lab.stages import kernels
@@ -503,6 +503,18 @@ class TestTable:
         assert by_table(*both).kernel == "a"
         assert by_table(*both, form=allowed).kernel == "pytorch"
 
+    def test_bfloat16_has_neighbours_of_both_dtypes(self):
+        half, other = ("float16", False, False), ("bfloat16", False, False)
+        near = measured(replace(DENSE, batch=7), form=half, a=1.0)
+        nearer = measured(replace(DENSE, batch=8, width=129), form=other, a=1.0)
+        assert (
+            "by a similar problem measured on NVIDIA H200, a is"
+            in by_table(nearer, form=other).reason
+        )
+        both = by_table(near, nearer, form=other).reason
+        assert "by 2 similar problems measured on NVIDIA H200 in float16, a is" in both
+        assert by_table(nearer, form=half).kernel == "pytorch"
+
     def test_bfloat16_is_as_float16_was(self):
         half, other = ("float16", False, False), ("bfloat16", False, False)
         choice = by_table(measured(DENSE, form=half, a=1.0), form=other)
@@ -652,6 +664,22 @@ class TestLeaveOneOut:
 
 
 class TestShipped:
+    def test_the_layers_of_the_recorded_network_are_in_it(self):
+        (table,) = measurements.load()
+        record = decoder_record.load(records.FOLDER / "nvidia-h200-decoder.json")
+        known = {m.key: m for m in table.measurements}
+        own = [layer.problem for mode in record.modes for layer in mode.alone.values()]
+        for mode in record.modes:
+            last, tf32 = mode.memory_format == "channels_last", mode.dtype == "float32"
+            for layer in mode.alone.values():
+                form = mode.dtype, last, tf32 and mode.allow_tf32
+                found = known[measurements.without_bias(layer.problem), form]
+                assert layer.seconds == {"pytorch": found.pytorch, **found.kernels}
+        (rest,) = measurements.without([table], own)
+        assert {m.problem for m in rest.measurements} == {m.problem for m in table.measurements} - {
+            measurements.without_bias(problem) for problem in own
+        }
+
     def test_it_is_what_the_records_say(self):
         tables = measurements.tables_of_records(leave_out=dispatch.SLOW)
         assert measurements.FILE.read_text() == measurements.as_text(tables), (

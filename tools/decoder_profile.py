@@ -303,7 +303,10 @@ def measure_mode(
         profiled(before, old, setting),
     )
     tables = {
-        "tables": measurements.load(),
+        # As if no layer of the network had been measured before: they are in the tables, too.
+        "tables": measurements.without(
+            measurements.load(), [layer.problem for layer in found.values()]
+        ),
         "measurements": (table_of(found, setting, gpu, software),),
     }
     swapped = []
@@ -392,7 +395,8 @@ def meaning(profiles: int, runs: int) -> dict[str, str]:
         f"median of {autotune.RUNS}",
         "pytorch": "torch.backends.cudnn.benchmark=True and benchmark_limit=0, before and after; "
         "cuDNN chooses once for both networks",
-        "tables": "chosen by the tables that the package ships, nothing measured",
+        "tables": "chosen by the tables that the package ships, but for what they hold of the "
+        "network's own layers; nothing measured",
         "measurements": "chosen by the record's own times of the layers by themselves, as with "
         "CONVT_AUTOTUNE=1",
         "training": "forward, cross-entropy and backward, without the optimizer's step",

@@ -169,8 +169,9 @@ struct Task {
   unsigned owner;        // of weights
   int steps;             // of a stage
 
-  template <class Phases>
-  __device__ __forceinline__ Task(unsigned number, const Plan& plan, const Phases& phases,
+  // The phases are AxisPhases or Phases.
+  template <class Found>
+  __device__ __forceinline__ Task(unsigned number, const Plan& plan, const Found& phases,
                                   int second = 0) {
     part_co = take_digit(number, plan.parts_co);
     const int phase_w = take_digit(number, plan.tasks_w) * plan.pair + second;
@@ -189,9 +190,9 @@ struct Task {
   }
 
   // Whether neither the task nor its second phase has any.
-  template <class M, class Phases>
+  template <class M, class Found>
   __device__ __forceinline__ bool is_empty(unsigned number, const Plan& plan,
-                                           const Phases& phases) const {
+                                           const Found& phases) const {
     if (steps > 0 || M::MAX_PAIR == 1 || plan.pair == 1) return steps == 0;
     return Task(number, plan, phases, 1).steps == 0;
   }
@@ -415,7 +416,7 @@ bool cut(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns, i
 }
 
 // How long a block takes for a bundle, in cycles: a rough model, to compare plans by. Its constants
-// were fitted to the times of 2,936 plans for 44 shapes, measured on an NVIDIA H200.
+// were fitted to the times of 2,936 plans for 34 shapes, measured on an NVIDIA H200.
 template <class M>
 double cost_of(const Plan& plan) {
   constexpr double WAITING = 270.0, BYTES_PER_CYCLE = 16.0;
