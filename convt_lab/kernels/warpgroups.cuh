@@ -539,6 +539,22 @@ struct Packed {
         bytes(inverses_bytes + weights_bytes + plan.tasks) {}
 };
 
+#ifdef __CUDA_ARCH_LIST__
+namespace {
+
+// Whether kernels can begin early, also where they are captured in a graph: it takes a driver of
+// CUDA 12.3 or later, which has edges of that kind.
+bool can_begin_early() {
+  static const bool can = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+  }();
+  return can;
+}
+
+}  // namespace
+#endif
+
 // Starts a kernel when all blocks of the one before have said that it may begin. What it needs of
 // that one, it waits for (wgmma.cuh), if it is compiled for nothing but GPUs where it can.
 template <class... P, class... A>
@@ -546,7 +562,7 @@ void start_early(void (*kernel)(P...), unsigned blocks, int threads, std::size_t
                  cudaStream_t stream, const A&... arguments) {
 #ifdef __CUDA_ARCH_LIST__
   constexpr int ARCHITECTURES[] = {__CUDA_ARCH_LIST__};  // the oldest comes first
-  if constexpr (ARCHITECTURES[0] >= 900) {
+  if (ARCHITECTURES[0] >= 900 && can_begin_early()) {
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
