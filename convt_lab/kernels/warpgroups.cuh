@@ -21,8 +21,7 @@ namespace warpgroups {
 
 // Finds the inverse of the scale of each output channel's weights.
 __global__ void __launch_bounds__(SCALERS)
-    hopper_scale_kernel(const float* __restrict__ weight, float* __restrict__ inverses,
-                        ConvTransposeProblem p) {
+    hopper_scale_kernel(const float* __restrict__ weight, float* inverses, ConvTransposeProblem p) {
   __shared__ unsigned largest;
   let_next_kernel_begin();
   if (threadIdx.x == 0) largest = 0;
@@ -67,7 +66,7 @@ __device__ __forceinline__ int tap_of(const Phase& phase, int k, int k_step) {
 // neighbours in memory, so one block has several. Clears the flags of tasks.
 template <class M>
 __global__ void __launch_bounds__(PACKERS)
-    hopper_pack_kernel(const typename M::Value* __restrict__ weight, float* __restrict__ inverses,
+    hopper_pack_kernel(const typename M::Value* __restrict__ weight, float* inverses,
                        char* __restrict__ packed, char* __restrict__ flags, ConvTransposeProblem p,
                        Axis rows, Axis columns, Plan plan, int64_t octets) {
   using T = typename M::Value;
@@ -269,7 +268,7 @@ __device__ __forceinline__ void store_both(T* to, float first, float second) {
 template <class M>
 __device__ __forceinline__ bool store_tile(const Product<M::PIXELS>& sum, const Multiplier& mine,
                                            const typename M::Value* __restrict__ bias,
-                                           const float* __restrict__ inverses,
+                                           const float* inverses,
                                            typename M::Value* __restrict__ output, const Task& task,
                                            const ConvTransposeProblem& p, const Plan& plan,
                                            const Axis& rows, const Axis& columns) {
@@ -388,7 +387,7 @@ __device__ __forceinline__ bool store_tile(const Product<M::PIXELS>& sum, const 
 template <class M>
 __device__ __forceinline__ void multiply_tiles(const Shared<M>& shared, int warpgroup,
                                                const typename M::Value* __restrict__ bias,
-                                               const float* __restrict__ inverses,
+                                               const float* inverses,
                                                typename M::Value* __restrict__ output, char* flags,
                                                const ConvTransposeProblem& p, const Plan& plan,
                                                const Axis& rows, const Axis& columns) {
@@ -431,7 +430,7 @@ __device__ __forceinline__ void multiply_tiles(const Shared<M>& shared, int warp
 template <class M>
 __global__ void __launch_bounds__(THREADS, 1)
     hopper_kernel(const typename M::Value* __restrict__ input,
-                  const typename M::Value* __restrict__ bias, const float* __restrict__ inverses,
+                  const typename M::Value* __restrict__ bias, const float* inverses,
                   const char* __restrict__ packed, typename M::Value* __restrict__ output,
                   char* flags, ConvTransposeProblem p, Axis rows, Axis columns, Plan plan) {
 #if HAS_WGMMA
@@ -485,9 +484,9 @@ template <class M>
 __global__ void __launch_bounds__(REPAIRERS, 2)
     hopper_repair_kernel(const typename M::Value* __restrict__ input,
                          const typename M::Value* __restrict__ weight,
-                         const typename M::Value* __restrict__ bias,
-                         typename M::Value* __restrict__ output, const char* __restrict__ flags,
-                         ConvTransposeProblem p, Axis rows, Axis columns, Plan plan) {
+                         const typename M::Value* __restrict__ bias, typename M::Value* output,
+                         const char* flags, ConvTransposeProblem p, Axis rows, Axis columns,
+                         Plan plan) {
   const int group_out = p.out_channels / p.groups;
   const int pixels = plan.tile_pixels, count_co = CO * plan.tile_parts();
   wait_for_last_kernel();

@@ -27,7 +27,8 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
-// All that the kernel before wrote is there afterwards.
+// All that the kernel before wrote is there afterwards. What is read of it may not be __restrict__:
+// the compiler would be free to read it before.
 __device__ __forceinline__ void wait_for_last_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
