@@ -19,7 +19,7 @@ from convt_lab import __version__
 from convt_lab.build import BuildError
 from convt_lab.problem import Problem, ProblemError
 from convt_lab.records import RecordError
-from convt_lab.stages import stages
+from convt_lab.stages import fma_stages
 
 __all__ = ["main"]
 
@@ -82,7 +82,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from convt_lab.export import exported_file, write
 
-    stage = stages[arguments.stage]
+    stage = fma_stages[arguments.stage]
     if arguments.output is None:
         print(exported_file(stage), end="")
         return 0
@@ -200,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
         "KernelBench takes solutions (ModelNew, get_inputs, get_init_inputs). To run, it needs a "
         "CUDA build of PyTorch, nvcc and ninja.",
     )
-    export.add_argument("stage", choices=tuple(stages), metavar="STAGE", help=", ".join(stages))
+    export.add_argument(
+        "stage", choices=tuple(fma_stages), metavar="STAGE", help=", ".join(fma_stages)
+    )
     export.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="the file to write (default: stdout)"
     )

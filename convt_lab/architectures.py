@@ -41,7 +41,7 @@ from convt_lab.columns import aligned
 from convt_lab.gpu import COMPILER_PACKAGES, find_toolkit
 from convt_lab.problem import Problem
 from convt_lab.simulator.planning import Launch, readable_name
-from convt_lab.stages import Stage, stages
+from convt_lab.stages import Stage, fma_stages
 
 __all__ = [
     "ARCHITECTURES",
@@ -485,7 +485,9 @@ def compile_all(
     BuildError
         As `compile_stage`.
     """
-    pairs = [(s, a) for s in (stages.values() if chosen is None else chosen) for a in architectures]
+    pairs = [
+        (s, a) for s in (fma_stages.values() if chosen is None else chosen) for a in architectures
+    ]
     _nvcc()  # its absence is said once, and before anything starts
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = pool.map(lambda pair: compile_stage(*pair), pairs)
@@ -524,7 +526,7 @@ def _kernel_rows(
         planned = [
             (problem, launch)
             for problem in PLANNED
-            for launch in stages[name].launches(Problem.named(problem), limit)
+            for launch in fma_stages[name].launches(Problem.named(problem), limit)
         ]
         unknown = {launch.symbol for _, launch in planned} - set(kernels)
         if unknown:
@@ -540,7 +542,7 @@ def _kernel_rows(
                     "launches": _launch_rows(ARCHITECTURES[architecture], resources, own),
                 }
             )
-    order = list(stages)
+    order = list(fma_stages)
     known = list(ARCHITECTURES)
     return sorted(
         rows,
@@ -561,7 +563,7 @@ def _prediction_rows() -> list[dict[str, Any]]:
             "multiplication_factor": MULTIPLICATION_FACTOR.get(stage, 1.0),
             **asdict(predict(card, Problem.named(problem), MULTIPLICATION_FACTOR.get(stage, 1.0))),
         }
-        for stage in stages
+        for stage in fma_stages
         for problem in PREDICTED
         for gpu, card in CARDS.items()
     ]

@@ -1,9 +1,10 @@
 """What `make bench` measures on one GPU, in which order, and how it is shown and written.
 
-Four parts: the GPU's ceilings; every stage and PyTorch's operator on a set of shapes; how time and
-memory grow with the batch, the image, the channels and the kernel; and the operator against
-PyTorch's own (`convt_lab.operator_bench`), which has a record of its own. What a number means and
-how it is kept is told by `convt_lab.records`, how it is timed by `convt_lab.measure`.
+Four parts: the GPU's ceilings; every stage that multiplies with FMA units and PyTorch's operator on
+a set of shapes; how time and memory grow with the batch, the image, the channels and the kernel;
+and the operator, whose kernels all others are, against PyTorch's own (`convt_lab.operator_bench`),
+which has a record of its own. What a number means and how it is kept is told by
+`convt_lab.records`, how it is timed by `convt_lab.measure`.
 
 Nothing is timed that was not judged against float64 first. All that needs a GPU comes in through
 `Instruments` and `Workload`, so that the order and the judging can be tried without one.
@@ -67,7 +68,7 @@ from convt_lab.records import (
     RowErrors,
     Shape,
 )
-from convt_lab.stages import stages
+from convt_lab.stages import fma_stages
 from convt_lab.tasks import Task, cold_times, cudnn_at_its_best, with_best_choice
 
 __all__ = [
@@ -367,10 +368,10 @@ class Candidate:
 
 
 def stage_candidates(names: Sequence[str] | None = None) -> list[Candidate]:
-    """Return the stages called `names`; the whole registry, in order, if None."""
+    """Return the stages called `names`; those that multiply with FMA units, in order, if None."""
     return [
-        Candidate(Row(name, "stage", "float32", "contiguous", None, "ok"), stages[name])
-        for name in (stages if names is None else names)
+        Candidate(Row(name, "stage", "float32", "contiguous", None, "ok"), fma_stages[name])
+        for name in (fma_stages if names is None else names)
     ]
 
 
@@ -531,7 +532,7 @@ def growth_candidates(count: int = 3) -> list[Candidate]:
     count
         How many stages, or all if there are fewer.
     """
-    return stage_candidates(list(stages)[-count:]) + pytorch_candidates((BASELINE,))
+    return stage_candidates(list(fma_stages)[-count:]) + pytorch_candidates((BASELINE,))
 
 
 def growth_problems() -> dict[str, tuple[tuple[int, Problem], ...]]:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from convt_lab import autotune, measurements
-from convt_lab.gpu import has_own_instructions
 from convt_lab.measurements import Measurement, Table
 from convt_lab.operator_record import PYTORCH
 from convt_lab.problem import Problem
@@ -124,16 +123,9 @@ def candidates(
         for name, kernel in kernels.items()
         if name not in SLOW
         and (tf32 or dtype != torch.float32 or kernel.precision == "float32")
-        and (capability is None or _runs_on(kernel, capability))
+        and (capability is None or kernel.runs_on(capability))
         and kernel.supports(problem, dtype, channels_last)
     }
-
-
-def _runs_on(kernel: Kernel, capability: tuple[int, int]) -> bool:
-    """Return whether a GPU has the kernel's instructions, and kernels are built to use them."""
-    return kernel.min_capability <= capability and (
-        kernel.architecture is None or has_own_instructions(capability, kernel.architecture)
-    )
 
 
 def choose(

@@ -23,7 +23,7 @@ from convt_lab.columns import aligned
 from convt_lab.measure import Timing, median_times
 from convt_lab.problem import Problem
 from convt_lab.program import backend_named
-from convt_lab.reference import FLOAT32_GATE, UNIT_ROUNDOFF, float32_gate
+from convt_lab.reference import FLOAT32_GATE, UNIT_ROUNDOFF, float32_gate, tf32_gate
 from convt_lab.stages import Stage, stages
 
 __all__ = ["Errors", "Exact", "Row", "climb", "exact", "judge", "ladder", "poisoned", "table"]
@@ -54,7 +54,8 @@ class Exact:
 class Errors:
     """How wrong a result is: `reference.relative_l2` and `reference.condition_error`.
 
-    `gate` is the largest condition error that is right, `reference.float32_gate` of the outputs.
+    `gate` is the largest condition error that is right: `reference.float32_gate` of the outputs, or
+    for a stage that rounds to TF32 `reference.tf32_gate`.
     """
 
     relative_l2: float
@@ -63,7 +64,7 @@ class Errors:
 
     @property
     def is_right(self) -> bool:
-        """Whether it is as right as float32 can be asked to be; NaN is not."""
+        """Whether it is as right as its arithmetic can be asked to be; NaN is not."""
         return self.condition <= self.gate
 
 
@@ -242,7 +243,10 @@ def climb(problem: Problem, device: str, seed: int = 0) -> list[Row]:
             try:
                 with poisoned() if name in stages else _full_float32():
                     output = functions[name]()
-                rows[name] = replace(rows[name], errors=judge(output, truth))
+                errors = judge(output, truth)
+                if _rounds_to_tf32(name):
+                    errors = replace(errors, gate=_tf32_gate_of(problem))
+                rows[name] = replace(rows[name], errors=errors)
                 del output
             except Exception as error:
                 rows[name] = replace(rows[name], failure=error)
@@ -252,6 +256,16 @@ def climb(problem: Problem, device: str, seed: int = 0) -> list[Row]:
     if device == "cuda":
         _time(rows, functions)
     return list(rows.values())
+
+
+def _rounds_to_tf32(name: str) -> bool:
+    return name in stages and stages[name].precision == "tf32"
+
+
+def _tf32_gate_of(problem: Problem) -> float:
+    """Bound the condition error of a stage whose instructions sum eight products at once."""
+    channels = -(-problem.in_channels // problem.groups // 8) * 8
+    return tf32_gate(channels * math.prod(problem.kernel_size))
 
 
 def _call_of(name: str, problem: Problem, inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
@@ -308,7 +322,8 @@ def table(rows: Sequence[Row]) -> str:
 def _error_cells(row: Row) -> list[str]:
     if row.errors is None:
         return ["-", "-", "WRONG: " + type(row.failure).__name__]
-    verdict = "" if row.name == BASELINE else "ok" if row.is_right else "WRONG"
+    right = "ok, as TF32" if _rounds_to_tf32(row.name) else "ok"
+    verdict = "" if row.name == BASELINE else right if row.is_right else "WRONG"
     return [f"{row.errors.relative_l2:.2e}", f"{row.errors.condition:.2f}", verdict]
 
 
@@ -354,7 +369,7 @@ def _machine(device: str) -> str:
 
 _LEGEND = """\
 condition error: max|error| / (2^-24 * (|x| conv |w| + |b|)) against float64; at most
-       {:.1f} is right for the largest of {:,} errors"""
+       {:.1f} is right for the largest of {:,} errors, {:.0f} where operands are rounded to TF32"""
 
 _TIME_LEGEND = f"""\
 median time: of cold runs (L2 cache flushed before each), CUDA events, all in interleaved rounds
@@ -408,7 +423,7 @@ def ladder(name: str | None = None, device: str | None = None, seed: int = 0) ->
     print(table(rows))
     print()
     outputs = math.prod(problem.output_shape)
-    print(_LEGEND.format(float32_gate(outputs), outputs))
+    print(_LEGEND.format(float32_gate(outputs), outputs, _tf32_gate_of(problem)))
     if device == "cuda":
         print(_TIME_LEGEND)
     wrong = [row for row in rows if row.name in stages and not row.is_right]

@@ -3,8 +3,9 @@
 To add a stage, write ``kernels/NAME.cu`` with an ``extern "C"`` launcher called NAME (see
 ``kernels/problem.cuh`` and any other stage) and add a line to the registry below.
 
-A kernel that is no rung serves the operator: it may cover a class of problems only, and more types
-and memory formats than a stage, with a launcher for each.
+A kernel that is no rung serves the operator. Like the rungs that multiply on tensor cores, it may
+cover a class of problems only, and more types and memory formats than float32, with a launcher for
+each. A rung hands down what it does not cover; such a kernel refuses it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 
 from convt_lab.backend import KERNEL_FOLDER, Array
+from convt_lab.gpu import has_own_instructions
 from convt_lab.problem import Axis, Problem
 from convt_lab.program import BackendName, Program
 from convt_lab.program import compile as compile_source
 from convt_lab.simulator.planning import Launch
 from convt_lab.simulator.report import Report
 
-__all__ = ["Kernel", "Stage", "kernels", "stages"]
+__all__ = ["Kernel", "Stage", "fma_stages", "kernels", "stages"]
 
 Tensor = torch.Tensor | np.ndarray
 
@@ -82,6 +84,8 @@ class Kernel:
         What float32 values are multiplied as: ``"float32"``, with its accuracy, by whatever means;
         or ``"tf32"``, rounded to 11 significant bits first. The operator takes a kernel of the
         second kind for float32 only where PyTorch may use TF32. It says nothing about other types.
+    unit
+        What multiplies: the FMA units, or tensor cores.
     """
 
     name: str
@@ -93,6 +97,7 @@ class Kernel:
     min_capability: tuple[int, int] = (0, 0)
     architecture: str | None = None
     precision: Literal["float32", "tf32"] = "float32"
+    unit: Literal["FMA", "tensor core"] = "FMA"
 
     def supports(
         self,
@@ -106,6 +111,37 @@ class Kernel:
             and (self.takes_channels_last or not channels_last)
             and self.covers(problem)
         )
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Return whether such a GPU has its instructions, and kernels are built to use them."""
+        return self.min_capability <= capability and (
+            self.architecture is None or has_own_instructions(capability, self.architecture)
+        )
+
+    def kernel_for(
+        self,
+        problem: Problem,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        capability: tuple[int, int] | None = None,
+    ) -> Kernel:
+        """Return the kernel that computes `problem` when this one is called: itself.
+
+        Parameters
+        ----------
+        problem, dtype, channels_last
+            What it is called with.
+        capability
+            The GPU's compute capability, or None on the simulator.
+
+        Raises
+        ------
+        ValueError
+            If it does not cover the problem.
+        """
+        if not self.supports(problem, dtype, channels_last):
+            raise ValueError(f"{self.name} does not cover {problem}")
+        return self
 
     def launcher(self, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> str:
         """Return the C symbol of the launcher for `dtype` and the memory format.
@@ -134,10 +170,12 @@ class Kernel:
         backend: BackendName = "auto",
     ) -> int:
         """Return how much memory its packed weight takes for `problem`; 0 if it packs none."""
-        if not self.packs_weights:
+        kernel = self.kernel_for(problem, dtype, channels_last)
+        channels_last &= kernel.takes_channels_last
+        if not kernel.packs_weights:
             return 0
-        name = f"{self.launcher(dtype, channels_last)}_packed_bytes"
-        ask = self.program(backend).library[name]  # an object of its own
+        name = f"{kernel.launcher(dtype, channels_last)}_packed_bytes"
+        ask = kernel.program(backend).library[name]  # an object of its own
         ask.argtypes, ask.restype = [_ConvTransposeProblem], ctypes.c_int64
         return ask(_ConvTransposeProblem.of(problem))
 
@@ -146,7 +184,8 @@ class Kernel:
 
         It asks the compiled kernel on the simulator, which decides as on a GPU.
         """
-        ask = getattr(self.program("simulator").library, f"{self.name}_variant", None)
+        kernel = self.kernel_for(problem)
+        ask = getattr(kernel.program("simulator").library, f"{kernel.name}_variant", None)
         if ask is None:
             return "general"
         ask.restype = ctypes.c_char_p
@@ -164,10 +203,12 @@ class Kernel:
         It asks the compiled launcher on the simulator, which decides as on a GPU whose
         blocks may have `max_shared_bytes` of shared memory (sm_90's if None).
         """
+        kernel = self.kernel_for(problem, dtype, channels_last)
+        channels_last &= kernel.takes_channels_last
         # Input, weight, bias, output, packed weight: a launcher only hands them on.
-        pointers = (None,) * (4 + self.packs_weights)
-        return self.program("simulator").plan(
-            self.launcher(dtype, channels_last),
+        pointers = (None,) * (4 + kernel.packs_weights)
+        return kernel.program("simulator").plan(
+            kernel.launcher(dtype, channels_last),
             *pointers,
             _ConvTransposeProblem.of(problem),
             max_shared_bytes=max_shared_bytes,
@@ -217,7 +258,7 @@ class Kernel:
         device = call.output.device
         if call.output.numel() > 0:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                self.program("gpu" if device.type == "cuda" else "simulator").call(
+                call.kernel.program("gpu" if device.type == "cuda" else "simulator").call(
                     call.launcher, *call.launcher_arguments
                 )
         output = call.output.squeeze(0) if call.is_unbatched else call.output
@@ -254,14 +295,52 @@ class Kernel:
         call = _Call(self, *tensors, stride, padding, output_padding, groups, dilation)
         if call.output.numel() == 0:
             raise ValueError("the output is empty: there is nothing to profile")
-        return self.program("simulator").call(
+        return call.kernel.program("simulator").call(
             call.launcher, *call.launcher_arguments, trace=True, blocks=blocks
         )
 
 
 @dataclass(frozen=True)
 class Stage(Kernel):
-    """One rung of the ladder: a kernel for every legal problem, explained by a chapter."""
+    """One rung of the ladder: callable for every legal problem, and explained by a chapter.
+
+    What its kernel is not for, it hands down the ladder: `kernel_for` says to which stage.
+    """
+
+    def kernel_for(
+        self,
+        problem: Problem,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        capability: tuple[int, int] | None = None,
+    ) -> Stage:
+        """Return the stage that computes `problem` when this one is called.
+
+        It is this one, or the nearest before it that covers the problem, has its instructions on a
+        GPU of that `capability` and rounds float32 no more than this one does.
+
+        Parameters
+        ----------
+        problem, dtype, channels_last
+            What it is called with. A stage before it may be given a contiguous copy.
+        capability
+            The GPU's compute capability, or None on the simulator.
+
+        Raises
+        ------
+        ValueError
+            If no stage computes `dtype`.
+        """
+        names = list(stages)
+        for name in names[names.index(self.name) :: -1]:
+            stage = stages[name]
+            if (
+                stage.supports(problem, dtype, channels_last and stage.takes_channels_last)
+                and (capability is None or stage.runs_on(capability))
+                and (dtype != torch.float32 or stage.precision in (self.precision, "float32"))
+            ):
+                return stage
+        raise ValueError(f"{self.name}: no stage computes {problem} in {dtype}")
 
     @property
     def chapter(self) -> str:
@@ -305,8 +384,9 @@ class _Call:
             dilation=dilation,
         )
         channels_last = kernel.takes_channels_last and _is_channels_last(tensors["x"])
-        if not kernel.supports(problem, dtype, channels_last):
-            raise ValueError(f"{kernel.name} does not cover {problem}")
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        kernel = self.kernel = kernel.kernel_for(problem, dtype, channels_last, capability)
+        channels_last &= kernel.takes_channels_last
         self.launcher = kernel.launcher(dtype, channels_last)
         shape, order = problem.output_shape, torch.contiguous_format
         if channels_last:
@@ -375,20 +455,6 @@ def _program(kernel: Kernel, backend: BackendName) -> Program:
     return compile_source(kernel.source, backend, name=kernel.name)
 
 
-#: The ladder, in order.
-stages: Mapping[str, Stage] = MappingProxyType(
-    {
-        stage.name: stage
-        for stage in (
-            Stage("naive_gather", "One thread for each output value, all taps tried."),
-            Stage("coalesced", "Lanes run along the output's width; only the taps that count."),
-            Stage("shared_tiled", "A block fetches its inputs once, into shared memory."),
-            Stage("register_blocked", "Each thread keeps a block of outputs in registers."),
-            Stage("winograd", "Two rows of outputs from four products in place of six."),
-        )
-    }
-)
-
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -447,6 +513,52 @@ def _fits_hopper(problem: Problem, max_region: int) -> bool:
     )
 
 
+#: The ladder, in order.
+stages: Mapping[str, Stage] = MappingProxyType(
+    {
+        stage.name: stage
+        for stage in (
+            Stage("naive_gather", "One thread for each output value, all taps tried."),
+            Stage("coalesced", "Lanes run along the output's width; only the taps that count."),
+            Stage("shared_tiled", "A block fetches its inputs once, into shared memory."),
+            Stage("register_blocked", "Each thread keeps a block of outputs in registers."),
+            Stage("winograd", "Two rows of outputs from four products in place of six."),
+            Stage(
+                "tensor_core",
+                "Tensor cores: an FMA loop becomes an instruction that multiplies tiles.",
+                dtypes=_STORED,
+                precision="tf32",
+                unit="tensor core",
+            ),
+            Stage(
+                "tensor_core_split",
+                "Tensor cores, with float32 as three bfloat16 parts.",
+                dtypes=_STORED,
+                takes_channels_last=True,
+                covers=_fits_tensor_core_split,
+                packs_weights=True,
+                min_capability=(8, 0),
+                unit="tensor core",
+            ),
+            Stage(
+                "hopper",
+                "Hopper's tensor cores, with float32 in two float16 parts.",
+                takes_channels_last=True,
+                covers=functools.partial(_fits_hopper, max_region=1100),
+                packs_weights=True,
+                min_capability=(9, 0),
+                architecture="9.0a",
+                unit="tensor core",
+            ),
+        )
+    }
+)
+
+#: The rungs that multiply with FMA units, in order: what simulator and GPU count alike.
+fma_stages: Mapping[str, Stage] = MappingProxyType(
+    {name: stage for name, stage in stages.items() if stage.unit == "FMA"}
+)
+
 #: Kernels that are no rungs, which serve the operator.
 _OTHERS = (
     Kernel(
@@ -462,37 +574,14 @@ _OTHERS = (
         covers=_fits_cells,
     ),
     Kernel(
-        "tensor_core",
-        "Tensor cores: an FMA loop becomes an instruction that multiplies tiles.",
-        dtypes=_STORED,
-        precision="tf32",
-    ),
-    Kernel(
-        "tensor_core_split",
-        "Tensor cores, with float32 as three bfloat16 parts.",
-        dtypes=_STORED,
-        takes_channels_last=True,
-        covers=_fits_tensor_core_split,
-        packs_weights=True,
-        min_capability=(8, 0),
-    ),
-    Kernel(
         "tensor_core_narrow",
-        "The same for few output channels: pixels are the rows of its products.",
+        "Tensor cores for few output channels: pixels are the rows of its products.",
         dtypes=_STORED,
         takes_channels_last=True,
         covers=_fits_tensor_core_narrow,
         packs_weights=True,
         min_capability=(8, 0),
-    ),
-    Kernel(
-        "hopper",
-        "Hopper's tensor cores, with float32 in two float16 parts.",
-        takes_channels_last=True,
-        covers=functools.partial(_fits_hopper, max_region=1100),
-        packs_weights=True,
-        min_capability=(9, 0),
-        architecture="9.0a",
+        unit="tensor core",
     ),
     Kernel(
         "hopper_single",
@@ -504,6 +593,7 @@ _OTHERS = (
         min_capability=(9, 0),
         architecture="9.0a",
         precision="tf32",
+        unit="tensor core",
     ),
 )
 

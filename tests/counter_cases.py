@@ -14,6 +14,7 @@ import torch
 import convt_lab as lab
 from convt_lab.simulator.planning import readable_name
 from convt_lab.simulator.report import Report
+from convt_lab.stages import fma_stages
 
 PATTERNS = """
 __global__ void global_words(const float* x, float* y, int stride, int offset) {
@@ -129,7 +130,7 @@ def _stage_cases() -> list[StageCase]:
     """Return each stage on each problem, once where a stage leaves it to the one before."""
     cases: dict[tuple[str, str], StageCase] = {}
     for problem in PROBLEMS:
-        for stage in lab.stages:
+        for stage in fma_stages:
             case = StageCase(stage, problem)
             cases.setdefault((problem, case.kernel), case)
     return list(cases.values())

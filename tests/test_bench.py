@@ -29,6 +29,7 @@ from convt_lab import (
 from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.measure import Load, Repeats, Sampler
 from convt_lab.records import PYTORCH_ROWS, Row, Shape
+from convt_lab.stages import fma_stages
 
 SMALL = Problem(2, 3, 4, 5, 6, kernel_size=(3, 7))
 
@@ -319,7 +320,7 @@ class TestPyTorch:
         assert half.cold is not None
 
     def test_the_stages_are_those_of_the_registry(self):
-        assert [c.row.name for c in bench.stage_candidates()] == list(lab.stages)
+        assert [c.row.name for c in bench.stage_candidates()] == list(fma_stages)
         assert bench.stage_candidates(["coalesced"])[0].function is lab.stages["coalesced"]
 
 
@@ -349,7 +350,7 @@ class TestGrowth:
     @pytest.mark.parametrize("count", [1, 2, 3, 9])
     def test_the_last_stages_compete_however_many_there_are(self, monkeypatch, count):
         names = [f"stage_{i}" for i in range(count)]
-        monkeypatch.setattr(bench, "stages", dict.fromkeys(names, FakeStage()))
+        monkeypatch.setattr(bench, "fma_stages", dict.fromkeys(names, FakeStage()))
         chosen = [c.row.name for c in bench.growth_candidates()]
         assert chosen == [*names[-3:], "cudnn_float32"]
 
@@ -446,7 +447,7 @@ def lab_on_cpu(monkeypatch, tmp_path):
         "growth_problems",
         lambda: {"batch": ((1, Problem(1, 2, 2, 4, 4)), (2, Problem(2, 2, 2, 4, 4)))},
     )
-    monkeypatch.setattr(bench, "stages", {"first": FakeStage(), "second": FakeStage()})
+    monkeypatch.setattr(bench, "fma_stages", {"first": FakeStage(), "second": FakeStage()})
     small = {"small": Problem(2, 2, 2, 4, 4)}
     monkeypatch.setattr(operator_bench, "problems", lambda part: small)
     subjects = operator_bench.Subjects(kernels=lambda *form, tf32: {"ours": FakeStage()})
@@ -593,7 +594,7 @@ class TestRun:
             "second": FakeStage(lambda y: y + 1),
             "third": FakeStage(fail),
         }
-        monkeypatch.setattr(bench, "stages", stages)
+        monkeypatch.setattr(bench, "fma_stages", stages)
         status, out, _ = main("bench")
         assert status == 1
         row = records.load_named("nvidia-h200", lab_on_cpu).shape("moon").row("second")

@@ -32,9 +32,6 @@ def table(*measurements, gpu="NVIDIA H200", capability=(9, 0)):
 class FakeKernel:
     """Takes what its arguments say."""
 
-    min_capability = (0, 0)
-    architecture = None
-
     def __init__(
         self,
         dtypes=(torch.float32,),
@@ -44,6 +41,9 @@ class FakeKernel:
     ):
         self.dtypes, self.channels_last, self.covers = dtypes, channels_last, covers
         self.precision = precision
+
+    def runs_on(self, capability):
+        return True
 
     def supports(self, problem, dtype, channels_last):
         takes = dtype in self.dtypes and (self.channels_last or not channels_last)

@@ -19,7 +19,7 @@ import torch
 import convt_lab as lab
 from convt_lab import export
 from convt_lab.gpu import _runtime_link_flags, _search_path, find_toolkit
-from convt_lab.stages import _ConvTransposeProblem
+from convt_lab.stages import _ConvTransposeProblem, fma_stages
 
 # Arguments of ModelNew, and the input's shape.
 SETTINGS = [
@@ -33,7 +33,7 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(params=list(lab.stages))
+@pytest.fixture(params=list(fma_stages))
 def stage(request):
     return lab.stages[request.param]
 

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 import convt_lab as lab
 from convt_lab import Problem, dispatch, figures, operator_record, reference
 from convt_lab.simulator.report import BufferUse, Report, Request, Site, totals_of
-from convt_lab.stages import kernels
+from convt_lab.stages import fma_stages, kernels
 
 TEXT = """\
 #include <cmath>
@@ -47,7 +47,7 @@ __global__ void caller(float* y) {
 }
 """
 
-each_stage = pytest.mark.parametrize("stage", lab.stages.values(), ids=lambda stage: stage.name)
+each_stage = pytest.mark.parametrize("stage", fma_stages.values(), ids=lambda stage: stage.name)
 
 
 # --- code -----------------------------------------------------------------------------------------

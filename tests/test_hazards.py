@@ -8,6 +8,7 @@ from strategies import inputs, problem_set
 
 import convt_lab as lab
 from convt_lab.backend import Array
+from convt_lab.stages import fma_stages
 
 
 def hazards(source, block, args, grid=1, shared_bytes=0):
@@ -341,7 +342,7 @@ def test_a_correct_kernel_has_no_hazard(name):
 
 
 @pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("stage", list(lab.stages))
+@pytest.mark.parametrize("stage", list(fma_stages))
 def test_the_stages_have_none_on_the_random_problems(stage, part):
     """All 300 problems take minutes on one core: CONVT_LAB_LONG=1 asks for them."""
     step = 4 if stage != "register_blocked" or os.environ.get("CONVT_LAB_LONG") else 32

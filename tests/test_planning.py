@@ -7,6 +7,7 @@ import pytest
 
 import convt_lab as lab
 from convt_lab.simulator.planning import readable_name
+from convt_lab.stages import fma_stages
 
 SOURCE = """
 template <int N>
@@ -74,7 +75,7 @@ def test_a_stage_is_planned_for_a_problem_too_large_to_run():
         assert stage.launches(problem)
 
 
-@pytest.mark.parametrize("stage", lab.stages)
+@pytest.mark.parametrize("stage", fma_stages)
 def test_as_many_blocks_as_the_images_need(stage):
     """64 images have more outputs than 32 bits can count, and need as many blocks as 64 times one.
 

@@ -11,11 +11,12 @@ from strategies import inputs, problem_set
 
 import convt_lab as lab
 from convt_lab.backend import KERNEL_FOLDER
-from convt_lab.reference import FLOAT32_GATE, condition_error, gather, scatter
-from convt_lab.stages import _ConvTransposeProblem, kernels
+from convt_lab.reference import FLOAT32_GATE, condition_error, gather, scatter, tf32_gate
+from convt_lab.stages import _ConvTransposeProblem, fma_stages, kernels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-STAGES = list(lab.stages)
+#: The others are tried on the same problems by test_kernels.py, in all their types and formats.
+STAGES = list(fma_stages)
 
 
 @pytest.fixture(params=DEVICES)
@@ -337,16 +338,19 @@ def test_wrong_weight_order_would_be_seen():
 
 class TestTheLadder:
     def test_order_and_neighbours(self):
-        assert STAGES[:4] == ["naive_gather", "coalesced", "shared_tiled", "register_blocked"]
-        assert lab.stages[STAGES[0]].previous is None
-        for before, after in itertools.pairwise(STAGES):
+        ladder = list(lab.stages)
+        assert ladder[:4] == ["naive_gather", "coalesced", "shared_tiled", "register_blocked"]
+        assert ladder[4:] == ["winograd", "tensor_core", "tensor_core_split", "hopper"]
+        assert ladder[:5] == STAGES
+        assert lab.stages[ladder[0]].previous is None
+        for before, after in itertools.pairwise(ladder):
             assert lab.stages[after].previous is lab.stages[before]
 
-    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize("stage", lab.stages)
     def test_source_and_chapter(self, stage):
         source = lab.stages[stage].source
         assert source == (KERNEL_FOLDER / f"{stage}.cu").read_text()
-        assert re.search(rf'extern "C" cudaError_t {stage}\(', source)
+        assert re.search(rf'(extern "C" cudaError_t {stage}\(|LAUNCHER\({stage}, )', source)
         assert (KERNEL_FOLDER.parents[1] / f"{lab.stages[stage].chapter}.ipynb").is_file()
         assert "simulator" not in source.lower()
         assert "torch/" not in source
@@ -399,3 +403,79 @@ class TestTheLadder:
         declared = re.findall(r"^\s*int ([\w, ]+);", body, re.MULTILINE)
         fields = [field.strip() for line in declared for field in line.split(",")]
         assert fields == [name for name, _ in _ConvTransposeProblem._fields_]
+
+
+class TestHandingDown:
+    """What a stage's kernel is not for is computed by a stage before it."""
+
+    #: Handed down by rungs on tensor cores: strides too far apart, few channels, a wide reach.
+    PROBLEMS = (
+        lab.Problem(1, 3, 5, 4, 5, kernel_size=3, stride=(17, 2), bias=True),
+        lab.Problem(2, 4, 6, 7, 9, kernel_size=(3, 7), groups=2, padding=1),
+        lab.Problem(1, 2, 3, 30, 6, kernel_size=(24, 20), padding=(3, 0)),
+        lab.Problem(1, 16, 24, 6, 6, kernel_size=2, stride=2, output_padding=1),
+    )
+
+    @pytest.mark.parametrize("stage", lab.stages)
+    @pytest.mark.parametrize("problem", PROBLEMS, ids=range(len(PROBLEMS)))
+    def test_every_stage_takes_every_problem(self, stage, problem, device):
+        x, weight, bias = inputs(problem)
+        y = run(stage, x, weight, bias, device, **problem.arguments)
+        gate = FLOAT32_GATE
+        if lab.stages[stage].precision == "tf32":
+            terms = -(-problem.in_channels // 8) * 8 * math.prod(problem.kernel_size)
+            gate = tf32_gate(terms)
+        assert condition_error(y, x, weight, bias, **problem.arguments) <= gate
+
+    def test_to_whom(self):
+        wide, few, _, easy = self.PROBLEMS
+        hopper, split = lab.stages["hopper"], lab.stages["tensor_core_split"]
+        assert hopper.kernel_for(easy) is hopper
+        assert hopper.kernel_for(few) is split
+        # tensor_core lies between, but would round to TF32.
+        assert hopper.kernel_for(wide) is split.kernel_for(wide) is lab.stages["winograd"]
+        assert lab.stages["tensor_core"].kernel_for(wide) is lab.stages["tensor_core"]
+        # Other types have nothing to round.
+        assert split.kernel_for(wide, torch.float16) is lab.stages["tensor_core"]
+        assert hopper.kernel_for(easy, torch.float16) is split
+        with pytest.raises(ValueError, match=r"hopper: no stage computes .* in torch\.float64"):
+            hopper.kernel_for(easy, torch.float64)
+
+    @pytest.mark.parametrize(
+        ("capability", "expected"),
+        [
+            ((7, 5), "winograd"),
+            ((8, 6), "tensor_core_split"),
+            ((9, 0), "hopper"),
+            ((10, 0), "tensor_core_split"),
+        ],
+    )
+    def test_a_gpu_without_the_instructions(self, capability, expected, monkeypatch):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.6;9.0a;10.0")
+        problem = self.PROBLEMS[3]
+        assert lab.stages["hopper"].kernel_for(problem, capability=capability).name == expected
+
+    def test_channels_last(self, device):
+        """Also where the stage that computes takes contiguous tensors alone."""
+        for problem in (self.PROBLEMS[0], self.PROBLEMS[3]):
+            x, weight, bias = inputs(problem)
+            last = x.to(device).contiguous(memory_format=torch.channels_last)
+            y = lab.stages["hopper"](
+                last,
+                weight.to(device),
+                None if bias is None else bias.to(device),
+                **problem.arguments,
+            )
+            assert condition_error(y.cpu(), x, weight, bias, **problem.arguments) <= FLOAT32_GATE
+            taken = lab.stages["hopper"].kernel_for(problem).takes_channels_last
+            assert taken == y.is_contiguous(memory_format=torch.channels_last)
+
+    def test_what_runs_is_what_is_planned_and_counted(self):
+        problem = self.PROBLEMS[0]
+        hopper, winograd = lab.stages["hopper"], lab.stages["winograd"]
+        x, weight, bias = inputs(problem)
+        assert hopper.launches(problem) == winograd.launches(problem)
+        assert hopper.variant(problem) == winograd.variant(problem)
+        assert hopper.packed_bytes(problem) == 0
+        report = hopper.profile(x, weight, bias, **problem.arguments)
+        assert report.to_dict() == winograd.profile(x, weight, bias, **problem.arguments).to_dict()

@@ -258,11 +258,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     import convt_lab as lab
+    from convt_lab.stages import fma_stages
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     problems = ["star", "classic"]
     parser.add_argument("--problems", nargs="+", choices=lab.Problem.names(), default=problems)
-    parser.add_argument("--stages", nargs="+", choices=list(lab.stages), default=list(lab.stages))
+    known = list(fma_stages)
+    parser.add_argument("--stages", nargs="+", choices=known, default=known)
     parser.add_argument("--output", type=Path, metavar="FILE", help="the record to write")
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -275,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(record))
     path = arguments.output
     if path is None:
-        if set(arguments.stages) != set(lab.stages) or set(arguments.problems) != set(problems):
+        if set(arguments.stages) != set(fma_stages) or set(arguments.problems) != set(problems):
             print("not written: a part of the record; name a file with --output", file=sys.stderr)
             return
         path = nsight_compute.record_path(record["gpu"], "profiles")

@@ -1,9 +1,15 @@
-// No rung of the ladder yet: Hopper's tensor cores (warpgroups.cuh), with the accuracy of float32.
+// Hopper's tensor cores (warpgroups.cuh), with the accuracy of float32.
 //
-// Float32 is split in two halves: x s = x0 + x1 / 2048, with a power of two s that brings a chunk's
+// Since tensor_core_split: operands stay in shared memory, where a tap is another address. So an
+// input is converted once for all taps, and no warp loads a fragment. And three products do: a
+// float32 is split in two halves, x s = x0 + x1 / 2048, with a power of two s that brings a chunk's
 // largest input near 2^14. x0 w0 + (x0 w1 + x1 w0) / 2048 leaves out less than 2^-22 of x w. Tensor
 // cores cut off what they sum; so every few taps the sum so far, divided by s, is added to
 // registers with rounding. That errs to one side, so it adds up where all products have one sign.
+//
+// Cost: for a tap and 16 input channels a warpgroup multiplies 64 output channels by 152 pixels
+// with three instructions of 155,648 FMAs each. A lane loads nothing, and adds 76 sums every four
+// taps.
 //
 // Of eight channels, small ones keep fewer digits if the largest is more than 2^26 times as large.
 

@@ -1,4 +1,4 @@
-// No rung of the ladder yet: Hopper's tensor cores (warpgroups.cuh), each value multiplied once.
+// No rung of the ladder: Hopper's tensor cores (warpgroups.cuh), each value multiplied once.
 //
 // Float16 and bfloat16 as they are; float32 rounded to float16's 11 significant bits, which are
 // TF32's, at twice TF32's rate. TF32 also has float32's range: a scale for each tile and chunk

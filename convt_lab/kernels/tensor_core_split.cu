@@ -1,9 +1,12 @@
-// No rung of the ladder yet: tensor cores, with the accuracy of float32 (split_tile.cuh).
+// Tensor cores, with the accuracy of float32 (split_tile.cuh).
 //
-// A phase (phase.cuh) is a matrix product for each tap: output channels times input channels, by
-// input channels times pixels, which a tap shifts. A block of four warps computes a tile of pixels
-// for all phases that meet the same inputs. A kernel of its own splits the weights and lays them
-// out as the instruction wants them; from then on they come from the cache, a tap ahead.
+// Since tensor_core: a float32 is the sum of three bfloat16, and a product the six products of
+// their parts that count, summed in bounded runs. That is three times the work of a product in
+// TF32, so the rest is tighter: a phase (phase.cuh) is a matrix product for each tap: output
+// channels times input channels, by input channels times pixels, which a tap shifts. A block of
+// four warps computes a tile of pixels for all phases that meet the same inputs. A kernel of its
+// own splits the weights and lays them out as the instruction wants them; from then on they come
+// from the cache, a tap ahead.
 //
 // Cost: for a tap and 16 input channels a warp multiplies 32 output channels by 64 pixels with 96
 // instructions of 2048 FMAs each, for 6 loads of 16 bytes a lane (weights), 24 of 8 (inputs) and 64

@@ -375,6 +375,68 @@ __device__ __forceinline__ void bring_inputs(const Shared<M>& shared,
   }
 }
 
+// Copies inputs of 16 bits, channels last, which lie in memory as they are to lie: without a way
+// through registers. While a stage's copies are on their way, the next one's are asked for.
+template <class M>
+__device__ __forceinline__ void copy_inputs(const Shared<M>& shared,
+                                            const typename M::Value* __restrict__ input,
+                                            const ConvTransposeProblem& p, const Plan& plan,
+                                            const Axis& rows, const Axis& columns, int thread) {
+  using T = typename M::Value;
+  constexpr int MEETING = 1;  // barrier of the converters
+  Barriers& barriers = *shared.barriers;
+  const int group_in = p.in_channels / p.groups;
+  const int plane = p.height * p.width;
+  const int octets = plan.octets(), count = octets * plan.region;
+  const int octet = thread % octets;
+  const int step = CONVERTERS / octets;
+  const uint32_t to = address_of(shared.inputs) + octet * plan.region * 16;
+  Turn turn;
+  int last = -1;  // buffer whose copies are on their way
+  const auto hand_on = [&] {
+    if (last < 0) return;
+    show_tensor_cores();
+    arrive(&barriers.inputs_full[last]);
+    last = -1;
+  };
+  for (unsigned bundle = blockIdx.x; bundle < plan.bundles; bundle += gridDim.x) {
+    const Task task(bundle * plan.bundle, plan, barriers.phases);
+    if (plan.bundle == 1 && task.is_empty<M>(bundle, plan, barriers.phases)) continue;
+    const int first_n = Place(task.first, plan).n;
+    any_of<MEETING, CONVERTERS>(false);  // nobody needs the places of the tile before any more
+    find_places<M, 1>(shared.places, task, first_n, thread, p, plan, rows, columns);
+    any_of<MEETING, CONVERTERS>(false);
+    const T* planes = input + static_cast<int64_t>(first_n) * p.in_channels * plane +
+                      static_cast<int64_t>(task.group) * group_in + octet * OCTET;
+    int left = group_in - octet * OCTET;
+    for (int stage = 0; stage < plan.stages; ++stage) {
+      if (!is_over(&barriers.inputs_empty[turn.index], turn.parity ^ 1)) {
+        wait_for_copies<0>();  // whoever has the buffer may need what is on its way
+        hand_on();
+        wait(&barriers.inputs_empty[turn.index], turn.parity ^ 1);
+      }
+      const uint32_t buffer = to + turn.index * Shared<M>::part_bytes(plan);
+      const bool has_channels = left > 0;
+#pragma unroll 4
+      for (int position = thread / octets; position < plan.region; position += step) {
+        const int place = shared.places[position];
+        const bool exists = place >= 0 && has_channels;
+        copy_or_clear(buffer + position * 16, planes + (exists ? place : 0), exists);
+      }
+      commit_copies();
+      wait_for_copies<1>();
+      hand_on();
+      last = turn.index;
+      if (thread == 0) barriers.inverses[turn.index] = 1.0f;
+      turn.next(plan.buffers);
+      planes += plan.subchunks * CI;
+      left -= plan.subchunks * CI;
+    }
+  }
+  wait_for_copies<0>();
+  hand_on();
+}
+
 #endif  // HAS_WGMMA
 
 }  // namespace warpgroups

@@ -334,6 +334,12 @@ void choose_units(const ConvTransposeProblem& p, const Axis& columns, bool can_r
   plan.unit = plan.reads_octets ? M::UNIT : 1;
 }
 
+// Whether inputs lie in memory as they are to lie in shared memory.
+template <class M>
+__host__ __device__ __forceinline__ bool copies_inputs(const Plan& plan) {
+  return M::IS_LAST && !M::IS_SCALED && plan.reads_octets;
+}
+
 inline void choose_steps(Plan& plan) {
   const int positions = CONVERTERS * plan.unit;
   plan.step_rows = positions / plan.pitch;

@@ -440,7 +440,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   let_next_kernel_begin();  // converting needs nothing of the last one
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.buffers; ++i) {
-      initialise(&shared.barriers->inputs_full[i], 1);
+      initialise(&shared.barriers->inputs_full[i], copies_inputs<M>(plan) ? CONVERTERS : 1);
       initialise(&shared.barriers->inputs_empty[i], 4 * MULTIPLIERS);
       initialise(&shared.barriers->multiplied[i], 4);
     }
@@ -459,7 +459,11 @@ __global__ void __launch_bounds__(THREADS, 1)
     keep_registers<256 - M::MULTIPLIER_REGISTERS>();  // of 65536 in all
     if (threadIdx.x < CONVERTERS) {
       constexpr Reading OCTETS = M::IS_LAST ? Reading::CHANNELS : Reading::ROWS;
-      if (plan.reads_octets) {
+      if (copies_inputs<M>(plan)) {
+        if constexpr (M::IS_LAST && !M::IS_SCALED) {
+          copy_inputs<M>(shared, input, p, plan, rows, columns, threadIdx.x);
+        }
+      } else if (plan.reads_octets) {
         bring_inputs<M, OCTETS>(shared, input, p, plan, rows, columns, threadIdx.x);
       } else {
         bring_inputs<M, Reading::VALUES>(shared, input, p, plan, rows, columns, threadIdx.x);

@@ -88,6 +88,21 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
       : "memory");
 }
 
+// Starts to copy 16 bytes, or to write zeros. What was started so far is a group; a thread waits
+// for all groups but the last PENDING.
+__device__ __forceinline__ void copy_or_clear(uint32_t shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int PENDING>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // What a thread wrote to shared memory can be read by the tensor cores after the next barrier.
 __device__ __forceinline__ void show_tensor_cores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -352,8 +352,8 @@ KERNELS = (
     mutant(
         "hoppers-instructions-on-every-gpu",
         "a kernel is chosen on GPUs that don't have its instructions",
-        "dispatch.py",
-        "has_own_instructions(capability, kernel.architecture)\n",
+        "stages.py",
+        "has_own_instructions(capability, self.architecture)\n",
         "True\n",
         "test_dispatch.py::TestWithoutAKernel::test_hoppers_own_are_for_hopper_alone",
     ),
