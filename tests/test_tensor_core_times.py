@@ -37,8 +37,10 @@ def test_every_way_is_judged_and_timed():
         assert list(row["errors"]) == list(tool.KINDS)
         # On the simulator Hopper's kernels sum by the definition.
         rounds = row["dtype"] == "float16" or row["kernel"] in ("tensor_core", tool.PYTORCH)
-        for errors in row["errors"].values():
-            assert rounds or errors["condition"] <= entry["gate"]
+        for kind, errors in row["errors"].items():
+            # Tensor cores cut off, which errs to one side where nothing cancels (test_kernels.py).
+            most = 1.75 if kind in ("positive", "channels") else 1.0
+            assert rounds or errors["condition"] <= most * entry["gate"]
             assert errors["relative_l2"] < 2e-3
     assert lab.Problem(**entry["problem"]) == problem
     json.dumps(entry, allow_nan=False)
@@ -84,7 +86,8 @@ class TestRecords:
             assert list(rows) == [way.name for way in tool.ways()]
             for row in rows.values():
                 assert min(row["samples_ms"]) <= row["cold_ms"] <= max(row["samples_ms"])
-                assert 0.5 < row["sustained_ms"] / row["cold_ms"] < 2
+                most = max(2 * row["cold_ms"], 1.5 * row["enqueue_ms"])
+                assert 0.5 * row["cold_ms"] < row["sustained_ms"] < most
 
     def test_errors_are_what_the_arithmetic_allows(self, path):
         for entry in json.loads(path.read_text())["problems"].values():

@@ -11,8 +11,9 @@ The record (schema 1): ``what``, ``gpu``, ``software``, ``date``, ``seed``, ``me
 ``problems``: for each its ``problem`` (the arguments of `Problem`), ``gate`` (the largest condition
 error of a right float32 result) and ``rows``. A row has ``name``, ``kernel`` (``"pytorch"`` or a
 kernel of the package), ``dtype``, ``memory_format``, ``allow_tf32``; ``errors``, for each of
-`KINDS` ``relative_l2`` and ``condition``; ``cold_ms``, ``samples_ms``, ``sustained_ms`` and, during
-the last, ``sm_clock_mhz`` and ``power_watts``, null where nothing was read.
+`KINDS` ``relative_l2`` and ``condition``; ``cold_ms``, ``samples_ms``, ``sustained_ms``,
+``enqueue_ms`` and, during the runs back to back, ``sm_clock_mhz`` and ``power_watts``, null where
+nothing was read.
 """
 
 from __future__ import annotations
@@ -183,6 +184,7 @@ def _row(way: Way, task: Task, cold: Any, errors: Any, tools: Instruments) -> di
         "cold_ms": records.rounded(1000 * cold.median, 5),
         "samples_ms": [records.rounded(1000 * sample, 5) for sample in cold.samples],
         "sustained_ms": records.rounded(1000 * sustained.seconds, 5),
+        "enqueue_ms": records.rounded(1000 * sustained.enqueue_seconds, 5),
         "sm_clock_mhz": records.rounded(sustained.load.sm_clock_mhz, 4),
         "power_watts": records.rounded(sustained.load.power_watts, 4),
     }
@@ -236,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "meaning": {
             "cold_ms": "median of single runs by CUDA events, the L2 cache flushed before each, in "
             "interleaved rounds with all other rows; everything that a call does",
+            "enqueue_ms": "what Python takes to enqueue one of the runs back to back: where it is "
+            "about as long as the run, the GPU waited for it",
             "sustained_ms": f"one run's share of at least {SUSTAINED_SECONDS:g} s back to back, "
             "nothing flushed",
             "condition": "max|error| / (2^-24 * (|x| conv |w|)) against float64",

@@ -427,7 +427,6 @@ __device__ __forceinline__ void copy_inputs(const Shared<M>& shared,
       wait_for_copies<1>();
       hand_on();
       last = turn.index;
-      if (thread == 0) barriers.inverses[turn.index] = 1.0f;
       turn.next(plan.buffers);
       planes += plan.subchunks * CI;
       left -= plan.subchunks * CI;

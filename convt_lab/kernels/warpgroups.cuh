@@ -443,6 +443,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       initialise(&shared.barriers->inputs_full[i], copies_inputs<M>(plan) ? CONVERTERS : 1);
       initialise(&shared.barriers->inputs_empty[i], 4 * MULTIPLIERS);
       initialise(&shared.barriers->multiplied[i], 4);
+      shared.barriers->inverses[i] = 1.0f;  // for inputs without a scale
     }
     for (int supply = 0; supply < M::SUPPLIES; ++supply) {
       for (int i = 0; i < RING; ++i) {

@@ -654,6 +654,7 @@ OPERATOR = (
         "        )",
         "False",
         f"{PLANS}::test_a_kernel_is_not_given_what_it_does_not_take",
+        errors=("ValueError",),
     ),
     mutant(
         "unsupported-kernels-are-candidates",
