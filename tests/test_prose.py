@@ -8,6 +8,7 @@ hardware, or a claim that this file compares with the code.
 import functools
 import math
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -29,6 +30,10 @@ from convt_lab import (
     records,
 )
 from convt_lab.stages import kernels
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "book"))
+import drafts.checks
+import drafts.versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in sorted((ROOT / "book").glob("*.*")) if path.suffix != ".bib"}
@@ -91,6 +96,10 @@ HARDWARE = [
     "255 registers",
     "65,536 of them",
 ]
+
+
+def draft_tile(draft: drafts.versions.Draft) -> tuple[int, int]:
+    return tuple(figures.constants(draft.cuda, "TILE_H", "TILE_W").values())
 
 
 def constant(stage: str, name: str) -> int:
@@ -558,6 +567,31 @@ CLAIMS = {
         ),
     },
     "api": {},
+    "first_draft": {
+        "It has eleven mistakes": lambda: len(drafts.versions.MENDS) == 11,
+        "Which of the eleven mistakes": lambda: len(drafts.checks.CHECKS) == 11,
+        "compute capability 7.5": True,  # a TITAN RTX, as NVIDIA's list of GPUs has it
+        "values 1, 10, 100 and 1000": True,  # in the cell below
+        "true of every kernel in this book": lambda: all(
+            "__restrict__" in stage.source for stage in lab.stages.values()
+        ),
+        "tiles of 16×16 pixels": lambda: draft_tile(drafts.versions.Draft.read()) == (16, 16),
+        "In a tile 16 wide a warp covers two rows": lambda: (
+            draft_tile(drafts.versions.Draft.read())[1] * 2 == 32
+        ),
+        "In a tile 32 wide it is one row": lambda: (
+            draft_tile(drafts.versions.Draft.mended())[1] == 32
+        ),
+        "A … of 32 neighbouring floats touches four": True,  # 4 bytes each, sectors of 32 bytes
+        "rows of 64 pixels": True,  # in the cell below
+        "end at 65,535": True,  # the simulator's message above says so, as NVIDIA's guides do
+        "point 2 of the checklist": True,
+        "The greatest common divisor is 2": lambda: math.gcd(2, 2) == 2,
+        "reads the weight the other way round, so it computes one output channel": lambda: (
+            drafts.versions.Draft.read()(torch.zeros(1, 1, 1, 1), torch.zeros(1, 9, 1, 1)).shape[1]
+            == 1
+        ),
+    },
     "simulator": {
         "8 bytes": True,  # vectors of two floats
     },
