@@ -29,6 +29,7 @@ from convt_lab import (
     operator_record,
     records,
 )
+from convt_lab.problem import Axis
 from convt_lab.stages import kernels
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "book"))
@@ -96,6 +97,11 @@ HARDWARE = [
     "255 registers",
     "65,536 of them",
 ]
+
+
+def exercise_axis() -> Axis:
+    """Of the gather chapter's first exercise."""
+    return Problem(width=9, kernel_size=(1, 7), stride=(1, 2), dilation=(1, 3)).axes[1]
 
 
 def draft_tile(draft: drafts.versions.Draft) -> tuple[int, int]:
@@ -567,6 +573,17 @@ CLAIMS = {
         ),
     },
     "api": {},
+    "gather": {
+        "a kernel of 3×4 taps": True,  # the problem above the picture
+        "Output 6 has the even taps: 0 with input 3 and 2 with input 0; tap 4": lambda: (
+            exercise_axis().taps(6) == [(0, 3), (2, 0)] and 6 - 4 * exercise_axis().dilation < 0
+        ),
+        "Output 7 has the odd taps: 1 with input 2": lambda: exercise_axis().taps(7) == [(1, 2)],
+        "which taps reach output 6, and output 7": True,
+        "the inverse of 3 modulo 2 is 1": lambda: exercise_axis().inverse == pow(3, -1, 2) == 1,
+        "gives to input 0": True,
+        "until the dilation is 1": True,  # kernels/phase.cuh; test_stages runs such problems
+    },
     "first_draft": {
         "It has eleven mistakes": lambda: len(drafts.versions.MENDS) == 11,
         "Which of the eleven mistakes": lambda: len(drafts.checks.CHECKS) == 11,
