@@ -6,6 +6,7 @@ hardware, or a claim that this file compares with the code.
 """
 
 import functools
+import json
 import math
 import re
 import sys
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import convt_lab as lab
 from convt_lab import (
     Problem,
+    architectures,
     decoder,
     decoder_record,
     decoder_report,
@@ -30,6 +32,7 @@ from convt_lab import (
     records,
 )
 from convt_lab.problem import Axis
+from convt_lab.split import FORMATS
 from convt_lab.stages import kernels
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "book"))
@@ -97,6 +100,16 @@ HARDWARE = [
     "255 registers",
     "65,536 of them",
 ]
+
+
+def fastest_hold_fewest_warps() -> bool:
+    profiles = json.loads((records.FOLDER / "nvidia-h200-profiles.json").read_text())["profiles"]
+    of_star = [profiles[f"{name} star"][0] for name in lab.stages]
+    by_time, by_warps = (
+        sorted(of_star, key=lambda profile: profile[key])[:2]
+        for key in ("duration_seconds", "achieved_occupancy_percent")
+    )
+    return by_time == by_warps
 
 
 def exercise_axis() -> Axis:
@@ -573,6 +586,33 @@ CLAIMS = {
         ),
     },
     "api": {},
+    "gpu_primer": {
+        "with a few … and on one with many": True,
+        "Neighbours that read neighbours cost four sectors": True,  # printed above it
+        "a stride of 33": True,  # printed above it
+        "32 words is the worst": True,  # printed above it
+        "vectors of 8 and 16 bytes": True,  # float2 and float4
+        "a block of 256 threads": True,  # in the cell below
+        "The fastest two hold the fewest warps": fastest_hold_fewest_warps,
+        "rows of 100 floats": True,
+        "rows of 104": True,
+        "rows of 4": True,
+        "400 bytes apart": lambda: 100 * 4 == 400,
+        "uses 128 registers, and its blocks have 256 threads": True,
+        "in steps of 256, 8 for each lane": lambda: (
+            {a.register_granularity for a in architectures.ARCHITECTURES.values()} == {32 * 8}
+        ),
+        "the one to 120": lambda: 128 - 8 == 120,
+    },
+    "glossary": {
+        "At most 1024": True,  # of every GPU that CUDA runs on; the simulator refuses more
+        "of the 32 parts": True,  # banks
+        "one of the 32 of its": True,  # lanes of a warp
+        "32 neighbouring threads": True,
+        "10 bits of fraction where float32 has 23": lambda: (
+            torch.finfo(torch.float32).eps == 2**-23 and FORMATS["tf32"].digits == 1 + 10
+        ),
+    },
     "gather": {
         "a kernel of 3×4 taps": True,  # the problem above the picture
         "Output 6 has the even taps: 0 with input 3 and 2 with input 0; tap 4": lambda: (
