@@ -26,6 +26,7 @@ from convt_lab import (
     decoder_report,
     dispatch,
     figures,
+    measure,
     measurements,
     operator_bench,
     operator_record,
@@ -100,6 +101,16 @@ HARDWARE = [
     "255 registers",
     "65,536 of them",
 ]
+
+
+def ceiling_load(name: str) -> measure.Load:
+    return records.load_named("nvidia-h200").ceilings[name].sustained.load
+
+
+def ladder_row(shape: str, name: str, over: str) -> float:
+    """A stage's cold time over another's."""
+    shape = records.load_named("nvidia-h200").shape(shape)
+    return shape.row(name).seconds() / shape.row(over).seconds()
 
 
 def fastest_hold_fewest_warps() -> bool:
@@ -587,7 +598,8 @@ CLAIMS = {
     },
     "api": {},
     "gpu_primer": {
-        "with a few … and on one with many": True,
+        "takes 32 neighbouring threads": True,  # a warp
+        "no sectors but 32 …": True,  # banks
         "Neighbours that read neighbours cost four sectors": True,  # printed above it
         "a stride of 33": True,  # printed above it
         "32 words is the worst": True,  # printed above it
@@ -603,6 +615,32 @@ CLAIMS = {
             {a.register_granularity for a in architectures.ARCHITECTURES.values()} == {32 * 8}
         ),
         "the one to 120": lambda: 128 - 8 == 120,
+    },
+    "measuring": {
+        "with 95 % confidence": lambda: measure._CONFIDENCE == 1.96,
+        "Twenty runs at first": lambda: measure.RUNS == 20,
+        "further than 1 % of the median": lambda: measure.NARROW == 0.01,
+        "for about a millisecond before each run": lambda: measure._SECONDS_AHEAD == 1e-3,
+        "at least a quarter of a second": lambda: measure.SUSTAINED_SECONDS == 0.25,
+        "the two kernels are equally fast": lambda: (
+            abs(ladder_row("one_image", "winograd", "register_blocked") - 1) < 0.02
+        ),
+        "PyTorch on the same shape is faster back to back: all of it fits": lambda: (
+            records.load_named("nvidia-h200").shape("one_image").problem.compulsory_bytes
+            < records.load_named("nvidia-h200").gpu.l2_bytes
+        ),
+        "The FMA kernel and the copy run at the highest clock": lambda: all(
+            ceiling_load(name).sm_clock_mhz == 1980 for name in ("fp32_fma", "copy")
+        ),
+        "they reach the power limit, the clock gives way": lambda: all(
+            ceiling_load(name).power_watts > records.load_named("nvidia-h200").gpu.power_limit_watts
+            and ceiling_load(name).sm_clock_mhz < 1700
+            for name in ("gemm_tf32", "gemm_float16", "gemm_bfloat16")
+        ),
+        "really takes 1.1 times as long": True,  # in the cell below
+        "a copy of 16 MB": True,  # in the check
+        "runs of 5 ms and one of 25 ms": True,  # in the check, which prints the rest
+        "the median says 25 ms": True,
     },
     "glossary": {
         "At most 1024": True,  # of every GPU that CUDA runs on; the simulator refuses more
