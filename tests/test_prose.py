@@ -25,6 +25,7 @@ from convt_lab import (
     decoder_record,
     decoder_report,
     dispatch,
+    doctor,
     figures,
     measure,
     measurements,
@@ -32,6 +33,7 @@ from convt_lab import (
     operator_record,
     records,
 )
+from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.problem import Axis
 from convt_lab.split import FORMATS
 from convt_lab.stages import kernels
@@ -110,6 +112,23 @@ def slowest_stage() -> str:
 
 #: Those that the GPU primer lists.
 FLOAT32_STAGES = ("naive_gather", "coalesced", "shared_tiled", "register_blocked", "winograd")
+
+
+@functools.cache
+def architecture_record() -> dict:
+    return json.loads(architectures.RECORD.read_text())
+
+
+def blocks_on_sm(stage: str, architecture: str) -> int:
+    """Of a stage's launch on the star."""
+    (blocks,) = (
+        launch["blocks_per_sm"]
+        for row in architecture_record()["kernels"]
+        if (row["stage"], row["architecture"]) == (stage, architecture)
+        for launch in row["launches"]
+        if launch["problem"] == "star"
+    )
+    return blocks
 
 
 def ceiling_load(name: str) -> measure.Load:
@@ -624,6 +643,63 @@ CLAIMS = {
             {a.register_granularity for a in architectures.ARCHITECTURES.values()} == {32 * 8}
         ),
         "the one to 120": lambda: 128 - 8 == 120,
+    },
+    "bibliography": {},
+    "running": {
+        "Python 3.11 or newer": lambda: doctor._OLDEST_PYTHON == (3, 11),
+        "PyTorch 2.11 or newer": lambda: doctor._OLDEST_TORCH == (2, 11),
+        "compute capability 7.5 or higher": lambda: doctor._OLDEST_GPU == (7, 5),
+        "a PyTorch of CUDA 13": lambda: (
+            torch.version.cuda is None or "pip install" in doctor._install_nvcc()
+        ),
+        "are of compute capability 7.5": lambda: (
+            {architectures.CARDS[card].architecture for card in ("T4", "TITAN RTX")} == {"sm_75"}
+        ),
+        "the project has no record of such a GPU": lambda: all(
+            tuple(records.load_named(name).gpu.compute_capability) != (7, 5)
+            for name in records.names()
+        ),
+        "without spilling a register": lambda: (
+            not any(
+                row["spill_store_bytes"] + row["spill_load_bytes"]
+                for row in architecture_record()["kernels"]
+                if row["architecture"] == "sm_75" and row["stage"] in FLOAT32_STAGES
+            )
+        ),
+        "It holds 32 warps, half of an H200's, and has 64 KiB": lambda: (
+            architectures.ARCHITECTURES["sm_75"].warps_per_sm == 32
+            and architectures.ARCHITECTURES["sm_90"].warps_per_sm == 2 * 32
+            and architectures.ARCHITECTURES["sm_75"].shared_bytes_per_sm == 64 * 1024
+        ),
+        "room for one block on an SM where the H200 takes three and one": lambda: (
+            [
+                blocks_on_sm(stage, architecture)
+                for architecture in ("sm_75", "sm_90")
+                for stage in ("register_blocked", "winograd")
+            ]
+            == [1, 1, 3, 1]
+        ),
+        "from compute capability 8.0 on": True,  # cp.async: NVIDIA's PTX manual
+        "needs 8.0, and … 9.0": lambda: (
+            kernels["tensor_core_split"].min_capability == (8, 0)
+            and kernels["hopper"].min_capability == (9, 0)
+        ),
+        "Tensor cores know float16 alone": lambda: (
+            "These GPUs know float16 alone" in (KERNEL_FOLDER / "mma.cuh").read_text()
+        ),
+        "8.1 TFLOP/s and 320 GB/s": lambda: (
+            (architectures.CARDS["T4"].fp32_tflops, architectures.CARDS["T4"].memory_gb_per_s)
+            == (8.1, 320)
+        ),
+        "at least 44.5 ms with the definition's FMAs": lambda: (
+            {
+                round(row["ms"], 1)
+                for row in architecture_record()["predicted"]
+                if (row["gpu"], row["problem"]) == ("T4", "star")
+                and row["multiplication_factor"] == 1
+            }
+            == {44.5}
+        ),
     },
     "measuring": {
         "with 95 % confidence": lambda: measure._CONFIDENCE == 1.96,
