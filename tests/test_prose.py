@@ -443,6 +443,7 @@ CLAIMS = {
         "With 16 columns": True,
     },
     "shared_tiled": {
+        "consists of 32 *…*": True,  # banks
         "3 by 7 inputs": STAR.kernel_size == (3, 7),
         "256 outputs": lambda: (
             constant("shared_tiled", "TILE_H") * constant("shared_tiled", "TILE_W") == 256
