@@ -71,6 +71,12 @@ class Draft:
             shown += [re.sub(r"^@@.*", "...", line) for line in list(lines)[2:]]
         return Listing("\n".join(shown[1:]), "diff", "the mend")
 
+    @property
+    def host_listing(self) -> Listing:
+        """The host's side, without its imports."""
+        text = self.python
+        return Listing(text[text.index("def data_ptr") :].rstrip(), "python", PYTHON)
+
     @functools.cached_property
     def program(self) -> lab.Program:
         return lab.compile(self.cuda, backend="simulator", name="first_draft")
