@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import textwrap
 
 import numpy as np
 import torch
@@ -154,6 +155,17 @@ CHECKS = {
     "taps": taps,
     "tile": tile,
 }
+
+
+def tell(when, name, draft):
+    """Print what a check says of a draft."""
+    print(textwrap.fill(f"{when} {outcome(name, draft)}", 88, subsequent_indent="    "))
+
+
+def compare(name, before, after):
+    """Print what a check says before its mend and after it."""
+    tell("before the mend it", name, before)
+    tell("after the mend it", name, after)
 
 
 def outcome(name, draft):
