@@ -18,7 +18,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 WORKERS ?= auto
 
 NOTEBOOKS = $(wildcard book/*.ipynb)
-CXX_FILES = $(shell find convt_lab -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+CXX_FILES = $(shell find convt_lab book -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -6,6 +6,7 @@ import math
 import pytest
 
 import convt_lab as lab
+from convt_lab.program import backend_named
 from convt_lab.simulator.planning import readable_name
 from convt_lab.stages import fma_stages
 
@@ -42,6 +43,16 @@ def test_every_launch_is_listed_in_order():
     assert symbols[2] == "_Z4fillILi2EEvPf"
     assert [readable_name(symbol) for symbol in symbols] == ["fill<1>", "idle", "fill<2>"]
     assert plan(3) == launches
+
+
+def test_a_launch_is_planned_in_the_stream_that_it_names():
+    simulator = backend_named("simulator")
+    library = lab.compile(SOURCE, "simulator").library
+    with simulator.plan(library) as launches:
+        code = library.start(None, ctypes.c_int(3), ctypes.c_void_p(7))
+    assert code == 0
+    assert [launch.stream for launch in launches] == [7, 0, 0]
+    assert [launch.stream for launch in plan(3)] == [0, 0, 0]
 
 
 def test_a_bad_configuration_is_refused_and_forgotten():

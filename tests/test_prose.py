@@ -6,8 +6,10 @@ hardware, or a claim that this file compares with the code.
 """
 
 import functools
+import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -18,17 +20,28 @@ from torch.utils.flop_counter import FlopCounterMode
 import convt_lab as lab
 from convt_lab import (
     Problem,
+    architectures,
     decoder,
     decoder_record,
     decoder_report,
     dispatch,
+    doctor,
     figures,
+    measure,
     measurements,
     operator_bench,
     operator_record,
     records,
+    reference,
 )
+from convt_lab.backend import KERNEL_FOLDER
+from convt_lab.problem import Axis
+from convt_lab.split import FORMATS
 from convt_lab.stages import kernels
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "book"))
+import drafts.checks
+import drafts.versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in sorted((ROOT / "book").glob("*.*")) if path.suffix != ".bib"}
@@ -91,6 +104,61 @@ HARDWARE = [
     "255 registers",
     "65,536 of them",
 ]
+
+
+def slowest_stage() -> str:
+    rows = [row for row in records.load_named("nvidia-h200").shape("star").rows if row.seconds()]
+    return max(rows, key=lambda row: row.seconds()).name
+
+
+#: Those that the GPU primer lists.
+FLOAT32_STAGES = ("naive_gather", "coalesced", "shared_tiled", "register_blocked", "winograd")
+
+
+@functools.cache
+def architecture_record() -> dict:
+    return json.loads(architectures.RECORD.read_text())
+
+
+def blocks_on_sm(stage: str, architecture: str) -> int:
+    """Of a stage's launch on the star."""
+    (blocks,) = (
+        launch["blocks_per_sm"]
+        for row in architecture_record()["kernels"]
+        if (row["stage"], row["architecture"]) == (stage, architecture)
+        for launch in row["launches"]
+        if launch["problem"] == "star"
+    )
+    return blocks
+
+
+def ceiling_load(name: str) -> measure.Load:
+    return records.load_named("nvidia-h200").ceilings[name].sustained.load
+
+
+def ladder_row(shape: str, name: str, over: str) -> float:
+    """A stage's cold time over another's."""
+    shape = records.load_named("nvidia-h200").shape(shape)
+    return shape.row(name).seconds() / shape.row(over).seconds()
+
+
+def fastest_hold_fewest_warps() -> bool:
+    profiles = json.loads((records.FOLDER / "nvidia-h200-profiles.json").read_text())["profiles"]
+    of_star = [profiles[f"{name} star"][0] for name in FLOAT32_STAGES]
+    by_time, by_warps = (
+        sorted(of_star, key=lambda profile: profile[key])[:2]
+        for key in ("duration_seconds", "achieved_occupancy_percent")
+    )
+    return by_time == by_warps
+
+
+def exercise_axis() -> Axis:
+    """Of the gather chapter's first exercise."""
+    return Problem(width=9, kernel_size=(1, 7), stride=(1, 2), dilation=(1, 3)).axes[1]
+
+
+def draft_tile(draft: drafts.versions.Draft) -> tuple[int, int]:
+    return tuple(figures.constants(draft.cuda, "TILE_H", "TILE_W").values())
 
 
 def constant(stage: str, name: str) -> int:
@@ -368,6 +436,7 @@ CLAIMS = {
         "With 16 columns": True,
     },
     "shared_tiled": {
+        "consists of 32 *…*": True,  # banks
         "3 by 7 inputs": STAR.kernel_size == (3, 7),
         "256 outputs": lambda: (
             constant("shared_tiled", "TILE_H") * constant("shared_tiled", "TILE_W") == 256
@@ -567,6 +636,155 @@ CLAIMS = {
         ),
     },
     "api": {},
+    "gpu_primer": {
+        "takes 32 neighbouring threads": True,  # a warp
+        "no sectors but 32 …": True,  # banks
+        "Neighbours that read neighbours cost four sectors": True,  # printed above it
+        "a stride of 33": True,  # printed above it
+        "32 words is the worst": True,  # printed above it
+        "vectors of 8 and 16 bytes": True,  # float2 and float4
+        "a block of 256 threads": True,  # in the cell below
+        "The fastest two hold the fewest warps": fastest_hold_fewest_warps,
+        "rows of 100 floats": True,
+        "rows of 104": True,
+        "rows of 4": True,
+        "400 bytes apart": lambda: 100 * 4 == 400,
+        "uses 128 registers, and its blocks have 256 threads": True,
+        "in steps of 256, 8 for each lane": lambda: (
+            {a.register_granularity for a in architectures.ARCHITECTURES.values()} == {32 * 8}
+        ),
+        "the one to 120": lambda: 128 - 8 == 120,
+    },
+    "bibliography": {},
+    "running": {
+        "Python 3.11 or newer": lambda: doctor._OLDEST_PYTHON == (3, 11),
+        "PyTorch 2.11 or newer": lambda: doctor._OLDEST_TORCH == (2, 11),
+        "compute capability 7.5 or higher": lambda: doctor._OLDEST_GPU == (7, 5),
+        "a PyTorch of CUDA 13": lambda: (
+            torch.version.cuda is None or "pip install" in doctor._install_nvcc()
+        ),
+        "are of compute capability 7.5": lambda: (
+            {architectures.CARDS[card].architecture for card in ("T4", "TITAN RTX")} == {"sm_75"}
+        ),
+        "the project has no record of such a GPU": lambda: all(
+            tuple(records.load_named(name).gpu.compute_capability) != (7, 5)
+            for name in records.names()
+        ),
+        "without spilling a register": lambda: (
+            not any(
+                row["spill_store_bytes"] + row["spill_load_bytes"]
+                for row in architecture_record()["kernels"]
+                if row["architecture"] == "sm_75" and row["stage"] in FLOAT32_STAGES
+            )
+        ),
+        "It holds 32 warps, half of an H200's, and has 64 KiB": lambda: (
+            architectures.ARCHITECTURES["sm_75"].warps_per_sm == 32
+            and architectures.ARCHITECTURES["sm_90"].warps_per_sm == 2 * 32
+            and architectures.ARCHITECTURES["sm_75"].shared_bytes_per_sm == 64 * 1024
+        ),
+        "room for one block on an SM where the H200 takes three and one": lambda: (
+            [
+                blocks_on_sm(stage, architecture)
+                for architecture in ("sm_75", "sm_90")
+                for stage in ("register_blocked", "winograd")
+            ]
+            == [1, 1, 3, 1]
+        ),
+        "from compute capability 8.0 on": True,  # cp.async: NVIDIA's PTX manual
+        "needs 8.0, and … 9.0": lambda: (
+            kernels["tensor_core_split"].min_capability == (8, 0)
+            and kernels["hopper"].min_capability == (9, 0)
+        ),
+        "Tensor cores know float16 alone": lambda: (
+            "These GPUs know float16 alone" in (KERNEL_FOLDER / "mma.cuh").read_text()
+        ),
+        "8.1 TFLOP/s and 320 GB/s": lambda: (
+            (architectures.CARDS["T4"].fp32_tflops, architectures.CARDS["T4"].memory_gb_per_s)
+            == (8.1, 320)
+        ),
+        "at least 44.5 ms with the definition's FMAs": lambda: (
+            {
+                round(row["ms"], 1)
+                for row in architecture_record()["predicted"]
+                if (row["gpu"], row["problem"]) == ("T4", "star")
+                and row["multiplication_factor"] == 1
+            }
+            == {44.5}
+        ),
+    },
+    "measuring": {
+        "with 95 % confidence": lambda: measure._CONFIDENCE == 1.96,
+        "Twenty runs at first": lambda: measure.RUNS == 20,
+        "further than 1 % of the median": lambda: measure.NARROW == 0.01,
+        "for about a millisecond before each run": lambda: measure._SECONDS_AHEAD == 1e-3,
+        "at least a quarter of a second": lambda: measure.SUSTAINED_SECONDS == 0.25,
+        "the two kernels are equally fast": lambda: (
+            abs(ladder_row("one_image", "winograd", "register_blocked") - 1) < 0.02
+        ),
+        "PyTorch on the same shape is faster back to back: all of it fits": lambda: (
+            records.load_named("nvidia-h200").shape("one_image").problem.compulsory_bytes
+            < records.load_named("nvidia-h200").gpu.l2_bytes
+        ),
+        "The FMA kernel and the copy run at the highest clock": lambda: all(
+            ceiling_load(name).sm_clock_mhz == 1980 for name in ("fp32_fma", "copy")
+        ),
+        "they reach the power limit, the clock gives way": lambda: all(
+            ceiling_load(name).power_watts > records.load_named("nvidia-h200").gpu.power_limit_watts
+            and ceiling_load(name).sm_clock_mhz < 1700
+            for name in ("gemm_tf32", "gemm_float16", "gemm_bfloat16")
+        ),
+        "really takes 1.1 times as long": True,  # in the cell below
+        "a copy of 16 MB": True,  # in the check
+        "runs of 5 ms and one of 25 ms": True,  # in the check, which prints the rest
+        "the median says 25 ms": True,
+    },
+    "glossary": {
+        "At most 1024": True,  # of every GPU that CUDA runs on; the simulator refuses more
+        "of the 32 parts": True,  # banks
+        "one of the 32 of its": True,  # lanes of a warp
+        "32 neighbouring threads": True,
+        "10 bits of fraction where float32 has 23": lambda: (
+            torch.finfo(torch.float32).eps == 2**-23 and FORMATS["tf32"].digits == 1 + 10
+        ),
+    },
+    "gather": {
+        "a kernel of 3×4 taps": True,  # the problem above the picture
+        "Output 6 has the even taps: 0 with input 3 and 2 with input 0; tap 4": lambda: (
+            exercise_axis().taps(6) == [(0, 3), (2, 0)] and 6 - 4 * exercise_axis().dilation < 0
+        ),
+        "Output 7 has the odd taps: 1 with input 2": lambda: exercise_axis().taps(7) == [(1, 2)],
+        "which taps reach output 6, and output 7": True,
+        "the inverse of 3 modulo 2 is 1": lambda: exercise_axis().inverse == pow(3, -1, 2) == 1,
+        "gives to input 0": True,
+        "until the dilation is 1": True,  # kernels/phase.cuh; test_stages runs such problems
+    },
+    "first_draft": {
+        "It has eleven mistakes": lambda: len(drafts.versions.MENDS) == 11,
+        "Which of the eleven mistakes": lambda: len(drafts.checks.CHECKS) == 11,
+        "compute capability 7.5": True,  # a TITAN RTX, as NVIDIA's list of GPUs has it
+        "values 1, 10, 100 and 1000": True,  # in the cell below
+        "The last two are true of … as well, the slowest kernel of the book": lambda: (
+            "float sum" in lab.stages["naive_gather"].source
+            and "__restrict__" in lab.stages["naive_gather"].source
+            and slowest_stage() == "naive_gather"
+        ),
+        "tiles of 16×16 pixels": lambda: draft_tile(drafts.versions.Draft.read()) == (16, 16),
+        "In a tile 16 wide a warp covers two rows": lambda: (
+            draft_tile(drafts.versions.Draft.read())[1] * 2 == 32
+        ),
+        "In a tile 32 wide it is one row": lambda: (
+            draft_tile(drafts.versions.Draft.mended())[1] == 32
+        ),
+        "A … of 32 neighbouring floats touches four": True,  # 4 bytes each, sectors of 32 bytes
+        "rows of 64 pixels": True,  # in the cell below
+        "end at 65,535": True,  # the simulator's message above says so, as NVIDIA's guides do
+        "point 2 of the checklist": True,
+        "The greatest common divisor is 2": lambda: math.gcd(2, 2) == 2,
+        "reads the weight the other way round, so it computes one output channel": lambda: (
+            drafts.versions.Draft.read()(torch.zeros(1, 1, 1, 1), torch.zeros(1, 9, 1, 1)).shape[1]
+            == 1
+        ),
+    },
     "simulator": {
         "8 bytes": True,  # vectors of two floats
     },

@@ -26,12 +26,15 @@ class Launch:
         Threads of a block along x, y and z.
     shared_bytes
         Dynamic shared memory of a block, in bytes.
+    stream
+        The handle of the stream that it would go to; 0 is the default stream.
     """
 
     symbol: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int
+    stream: int
 
     @property
     def threads(self) -> int:
@@ -47,6 +50,7 @@ class _Planned(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
     ]
 
 
@@ -73,7 +77,7 @@ def plan(
         count = runtime.cudasim_planned(ctypes.byref(start))
         # Copies: what the pointer leads to goes with the plan.
         noted = [
-            (item.kernel, tuple(item.grid), tuple(item.block), item.shared_bytes)
+            (item.kernel, tuple(item.grid), tuple(item.block), item.shared_bytes, item.stream)
             for item in start[:count]
         ]
     finally:

@@ -638,7 +638,8 @@ void cudasim_launch(const CudasimLaunch* launch) {
   }
   if (planning) {
     planned.push_back({reinterpret_cast<std::uintptr_t>(launch->kernel) - library.start,
-                       launch->grid, launch->block, launch->shared_bytes});
+                       launch->grid, launch->block, launch->shared_bytes,
+                       reinterpret_cast<std::uintptr_t>(launch->stream)});
     return;
   }
 

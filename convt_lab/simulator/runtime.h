@@ -18,6 +18,7 @@ struct CudasimLaunch {
   CudasimIndex grid;   // blocks
   CudasimIndex block;  // threads
   std::size_t shared_bytes;
+  const void* stream;                    // as asked for; nothing here runs in streams
   const void* kernel;                    // the kernel's code
   void (*run_thread)(const void* call);  // runs the kernel for the current thread
   const void* call;                      // the kernel and its arguments ...
@@ -108,6 +109,7 @@ struct CudasimPlanned {
   std::uint64_t kernel;
   CudasimIndex grid, block;
   std::uint64_t shared_bytes;
+  std::uint64_t stream;  // 0: the default one
 };
 
 // Makes this CPU thread's launches be noted instead of run, until cudasim_plan_end; a block may

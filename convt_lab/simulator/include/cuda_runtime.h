@@ -86,21 +86,25 @@ template <class... A>
 struct Call {
   dim3 grid, block;
   std::size_t shared_bytes;
+  cudaStream_t stream;
   std::tuple<A&&...> arguments;
 };
 
 struct Config {
   dim3 grid, block;
   std::size_t shared_bytes;
+  cudaStream_t stream;
 
   template <class... A>
   Call<A...> operator()(A&&... arguments) const {
-    return {grid, block, shared_bytes, std::forward_as_tuple(std::forward<A>(arguments)...)};
+    return {grid, block, shared_bytes, stream,
+            std::forward_as_tuple(std::forward<A>(arguments)...)};
   }
 };
 
-inline Config config(dim3 grid, dim3 block, std::size_t shared_bytes = 0, cudaStream_t = nullptr) {
-  return {grid, block, shared_bytes};
+inline Config config(dim3 grid, dim3 block, std::size_t shared_bytes = 0,
+                     cudaStream_t stream = nullptr) {
+  return {grid, block, shared_bytes, stream};
 }
 
 template <class... P>
@@ -121,6 +125,7 @@ void operator%(void (*kernel)(P...), Call<A...> call) {
   const CudasimLaunch launch{{call.grid.x, call.grid.y, call.grid.z},
                              {call.block.x, call.block.y, call.block.z},
                              call.shared_bytes,
+                             call.stream,
                              reinterpret_cast<const void*>(kernel),
                              &BoundKernel<P...>::run,
                              &bound,
