@@ -1,18 +1,21 @@
-"""The rendered book in a browser: it reads offline and on a phone, and the explorer tells the truth.
+"""The rendered book in a browser: it reads offline and on a phone; the explorer tells the truth.
 
 These tests load the pages that `make book` has written to _build/html into a headless Chromium that
 reaches no network.
 """
 
-import json
+import functools
 import re
 import sys
-from itertools import product
+import time
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 
+import nbformat
 import numpy as np
 import pytest
+import yaml
+from bs4 import BeautifulSoup
 
 from convt_lab import Problem, ProblemError, reference
 
@@ -21,7 +24,12 @@ sys.path.append(str(ROOT / "tools"))
 
 import browser as chromium  # noqa: E402
 
+import book  # noqa: E402
+
 HTML = ROOT / "_build" / "html"
+CHAPTERS = list(book.pages(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))))
+PAGES = [*CHAPTERS, "genindex", "search"]
+PHONE = 390  # CSS pixels
 
 pytestmark = [
     pytest.mark.skipif(chromium.find() is None, reason=chromium.HOW_TO_GET),
@@ -46,6 +54,236 @@ def page(browser):
 
 def url(name: str) -> str:
     return (HTML / f"{name}.html").as_uri()
+
+
+@functools.cache
+def parsed(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+each_page = pytest.mark.parametrize("name", PAGES)
+each_chapter = pytest.mark.parametrize("name", CHAPTERS)
+
+# --- every page -----------------------------------------------------------------------------------
+
+# What a page looks like once it stands, everything that can be folded out being so.
+LOOK = """
+(async () => {
+  document.querySelectorAll('details').forEach((details) => { details.open = true; });
+  document.body.offsetHeight; // lays out what was folded: its fonts begin to load
+  await document.fonts.ready;
+  const formulas = [...document.querySelectorAll('.math')];
+  const images = [...document.querySelectorAll('img')];
+  return {
+    formulas: formulas.length,
+    notSet: formulas.filter((f) => !f.querySelector('mjx-container')).map((f) => f.textContent),
+    wrong: [...document.querySelectorAll('mjx-merror, [data-mjx-error]')].map(
+      (f) => f.getAttribute('data-mjx-error') ?? f.textContent),
+    unread: [...document.querySelectorAll('mjx-container')].filter(
+      (f) => !f.querySelector('mjx-assistive-mml math')).length,
+    fonts: [...document.fonts].filter((f) => f.family.startsWith('MJX')).map((f) => f.status),
+    blocks: document.querySelectorAll('div.highlight').length,
+    buttons: document.querySelectorAll('div.highlight button.copybtn').length,
+    images: images.map((image) => ({
+      source: image.src, alt: image.alt, loaded: image.complete && image.naturalWidth > 0 })),
+  };
+})()
+"""
+
+# What sticks out of the window and lies in no box that scrolls.
+STICKS_OUT = """
+(() => {
+  const scrolls = (element) => element && element !== document.body &&
+    (['auto', 'scroll'].includes(getComputedStyle(element).overflowX) ||
+      scrolls(element.parentElement));
+  const hidden = 'mjx-assistive-mml *, mjx-assistive-mml, .visually-hidden';
+  return {
+    page: document.documentElement.scrollWidth,
+    elements: [...document.querySelectorAll('.bd-article-container *')].filter((element) => {
+      const box = element.getBoundingClientRect();
+      return box.width > 1 && (box.right > innerWidth + 1 || box.left < -1) &&
+        !element.matches(hidden) && !scrolls(element.parentElement) && element.checkVisibility();
+    }).map((element) => element.outerHTML.slice(0, 120)),
+  };
+})()
+"""
+
+
+# The contrast of a text with what lies behind it, by WCAG 2's definition, for each of a selector.
+CONTRASTS = """
+((selector) => {
+  const canvas = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
+  const channels = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = (colour) => {
+    const [r, g, b] = channels(colour).map((v) => {
+      const s = v / 255;
+      return s <= 0.04045 ? s / 12.92 : ((s + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if (channels(colour)[3] === 255) return colour;
+    }
+    return 'white';
+  };
+  return [...document.querySelectorAll(selector)].filter((e) => e.checkVisibility()).map((e) => {
+    const pair = [getComputedStyle(e).color, behind(e)].map(luminance).sort((a, b) => b - a);
+    return (pair[0] + 0.05) / (pair[1] + 0.05);
+  });
+})
+"""
+
+
+TEXTS = [
+    *(f"main {tag}" for tag in ("p", "li", "td", "th", "dt", "h1", "h2")),
+    "main figcaption :not(.headerlink)",
+    ".bd-footer-content p",
+]
+
+
+@pytest.fixture(scope="module")
+def visit(browser):
+    """Load a page once, in a wide window and then in a phone's, and keep what was seen."""
+
+    @functools.cache
+    def see(name: str) -> dict:
+        opened = browser.page()
+        opened.resize(1300)
+        opened.go(url(name))
+        seen = opened.evaluate(LOOK)
+        opened.resize(PHONE)
+        seen["narrow"] = opened.evaluate(STICKS_OUT)
+        for mode in ("light", "dark"):
+            opened.evaluate(f"document.documentElement.dataset.theme = '{mode}'")
+            opened.evaluate("new Promise((done) => setTimeout(done, 300))")  # it fades
+            seen[mode] = {text: opened.evaluate(f"{CONTRASTS.strip()}('{text}')") for text in TEXTS}
+        seen |= {"complaints": opened.complaints(), "requests": opened.requests()}
+        opened.close()
+        return seen
+
+    return see
+
+
+@each_page
+def test_a_page_loads_without_network_and_complaints(visit, name):
+    seen = visit(name)
+    assert seen["complaints"] == []
+    for request in seen["requests"]:
+        address = urlsplit(request)
+        assert address.scheme in ("file", "data", "blob"), request
+        if address.scheme == "file":
+            assert Path(unquote(address.path)).is_relative_to(HTML), request
+
+
+@each_page
+def test_formulas_are_typeset(visit, name):
+    seen = visit(name)
+    assert seen["notSet"] == []
+    assert seen["wrong"] == []
+    assert seen["unread"] == 0, "formulas without MathML for a screen reader"
+    if seen["formulas"]:
+        assert "loaded" in seen["fonts"]
+    assert "error" not in seen["fonts"]
+
+
+def test_some_pages_have_formulas(visit):
+    assert sum(visit(name)["formulas"] for name in PAGES) > 30
+
+
+@each_page
+def test_a_phone_never_scrolls_sideways(visit, name):
+    seen = visit(name)["narrow"]
+    assert seen["elements"] == []
+    assert seen["page"] == PHONE
+
+
+@each_page
+def test_every_image_is_there_and_has_a_text(visit, name):
+    for image in visit(name)["images"]:
+        assert image["loaded"], image
+        assert len(image["alt"]) > 15, image
+        assert not re.search(r"\.(png|svg|gif)$", image["alt"]), "the file's name is no text"
+
+
+@pytest.mark.parametrize("name", [*PAGES, "index"])
+def test_no_link_is_broken(name):
+    path = HTML / f"{name}.html"
+    for tag in parsed(path).find_all(["a", "link", "script", "img", "source"]):
+        address = tag.get("href") or tag.get("src")
+        if address is None or urlsplit(address).scheme:
+            if tag.name != "a" and address:
+                assert urlsplit(address).scheme == "data", f"{tag.name} from elsewhere: {address}"
+            continue
+        file, anchor = urldefrag(address)
+        target = (path.parent / unquote(urlsplit(file).path)).resolve() if file else path
+        assert target.is_relative_to(HTML), address
+        assert target.is_file(), address
+        if target.stem == "explorer" and "=" in anchor:
+            continue  # settings; they have a test of their own
+        if anchor:
+            assert parsed(target).find(id=unquote(anchor)), f"{address}: no such place in {target}"
+
+
+def test_previous_and_next_lead_through_the_book():
+    path = (HTML / f"{CHAPTERS[0]}.html").resolve()
+    led = [path]
+    while following := parsed(path).select_one("a.right-next"):
+        assert len(led) <= len(CHAPTERS), "they go round in circles"
+        path = (path.parent / following["href"]).resolve()
+        led.append(path)
+        back = parsed(path).select_one("a.left-prev")
+        assert (path.parent / back["href"]).resolve() == led[-2]
+    assert led == [HTML / f"{name}.html" for name in CHAPTERS]
+
+
+@each_chapter
+def test_the_source_of_a_chapter_can_be_downloaded(name):
+    path = HTML / f"{name}.html"
+    (button,) = parsed(path).select("a.btn-download-source-button")
+    source = next((ROOT / name).parent.glob(f"{Path(name).name}.*"))
+    offered = path.parent / button["href"]
+    assert offered.name == source.name
+    if source.suffix == ".ipynb":
+        cells, own = (nbformat.read(file, as_version=4).cells for file in (offered, source))
+        assert [cell.source for cell in cells] == [cell.source for cell in own]
+
+
+@each_chapter
+def test_code_has_a_button_that_copies_it(visit, name):
+    seen = visit(name)
+    assert seen["buttons"] == seen["blocks"]
+
+
+def test_the_search_finds_a_word(page):
+    page.go(url("search") + "?q=coalesced")
+    results = "document.querySelectorAll('#search-results li a').length"
+    limit = time.monotonic() + 20
+    while not (found := page.evaluate(results)) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert found >= 3
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@each_chapter
+def test_text_can_be_read_in_light_and_dark(visit, name, mode):
+    for selector, contrasts in visit(name)[mode].items():
+        assert min(contrasts, default=21) >= 4.5, selector  # WCAG 2, level AA
+
+
+@each_chapter
+def test_the_footer_names_the_last_change_and_the_versions(name):
+    footer = parsed(HTML / f"{name}.html").select_one(".bd-footer-content").get_text()
+    assert re.search(r"Last updated on \d{4}-\d\d-\d\d \(", footer)
+    for version in (r"convt_lab \d", r"torch \d", r"Sphinx \d", r"MathJax 3\.", r"Python 3\.\d"):
+        assert re.search(version, footer), version
 
 
 # --- the explorer ---------------------------------------------------------------------------------
@@ -200,6 +438,7 @@ def middle(page, side: str, place) -> tuple[float, float]:
 
 
 def hash_on(page) -> dict[str, str]:
+    page.evaluate("new Promise((done) => setTimeout(done, 400))")  # it follows after a moment
     return {k: v for k, (v,) in parse_qs(page.evaluate("location.hash.slice(1)")).items()}
 
 
@@ -209,7 +448,12 @@ def test_the_explorer_follows_the_pointer(page, way):
     stamped = stamps(problem)
     page.resize(390 if way == "finger on a phone" else 1200)
     page.go(url("book/explorer") + hash_of(problem))
-    for side, place in (("output", (5, 3)), ("input", (0, 2)), ("input", (3, 3)), ("output", (0, 0))):
+    for side, place in (
+        ("output", (5, 3)),
+        ("input", (0, 2)),
+        ("input", (3, 3)),
+        ("output", (0, 0)),
+    ):
         x, y = middle(page, side, place)
         (page.point if way == "mouse" else page.touch)(x, y)
         check_shown(page.evaluate(SHOWN), side, place, problem, stamped)

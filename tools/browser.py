@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools protocol: for the tests of pages and for the PDF.
+"""A headless Chromium, driven by its DevTools protocol: for the tests of pages and for the PDF.
 
 The protocol goes through two pipes, so that neither a driver program nor a port nor another package
 is needed. The browser reaches no network: every name fails to resolve. Every wait has a limit.
@@ -200,7 +200,8 @@ class Page:
         if "loaderId" in gone:  # else only the hash has changed
             self.browser.wait_for("Page.loadEventFired", self._session)
         self.evaluate("window.MathJax?.startup?.promise?.then(() => true)")
-        self.evaluate("document.fonts.ready.then(() => true)")
+        # Asking for a size lays the page out, which is when fonts begin to load.
+        self.evaluate("document.body.offsetHeight && document.fonts.ready.then(() => true)")
 
     def evaluate(self, expression: str):
         """The value of a JavaScript expression, or of the promise that it is."""

@@ -137,6 +137,12 @@
     state.place = given.has(state.side) ? parsePair(given.get(state.side)) : [3, 4];
   }
 
+  /** Soon, and once for many changes: browsers refuse more than some hundred in a minute. */
+  function writeHashSoon() {
+    clearTimeout(page.writing);
+    page.writing = setTimeout(writeHash, 300);
+  }
+
   function writeHash() {
     const parts = NAMES.map((name) => `${name}=${state.values[name].join(",")}`);
     parts.push(`${state.side}=${state.place.join(",")}`);
@@ -363,7 +369,7 @@
     );
     drawGrids();
     drawPairs();
-    writeHash();
+    writeHashSoon();
   }
 
   /** Make the grid's pixel the chosen one. */
@@ -372,7 +378,7 @@
     state.side = side;
     state.place = place;
     drawPairs();
-    writeHash();
+    writeHashSoon();
   }
 
   const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
