@@ -134,7 +134,9 @@
     }
     state.counts = given.get("counts") === "1";
     state.side = given.has("input") ? "input" : "output";
-    state.place = given.has(state.side) ? parsePair(given.get(state.side)) : [3, 4];
+    state.place = given.has(state.side)
+      ? parsePair(given.get(state.side)).map((p) => p || 0)
+      : [3, 4];
   }
 
   /** Soon, and once for many changes: browsers refuse more than some hundred in a minute. */
@@ -354,8 +356,9 @@
   function draw() {
     for (const input of page.root.querySelectorAll("input[type=number]")) {
       const value = state.values[input.dataset.name][+input.dataset.axis];
-      // Not while it is being typed: an empty field would become NaN's text.
-      if (Number(input.value) !== value && !Number.isNaN(value)) input.value = value;
+      const shown = Number.isNaN(value) ? "" : String(value);
+      // Not while it is being typed: a number may be half there.
+      if (input.value !== shown && input !== document.activeElement) input.value = shown;
     }
     page.counts.checked = state.counts;
     const wrong = complaint();
@@ -363,13 +366,13 @@
     page.problem.textContent = wrong ?? "";
     page.grids.hidden = Boolean(wrong);
     page.words.hidden = Boolean(wrong);
+    if (NAMES.every((name) => state.values[name].every(Number.isInteger))) writeHashSoon();
     if (wrong) return;
     state.place = sizeOf(state.side).map((size, a) =>
-      Math.min(Math.max(state.place[a] || 0, 0), size - 1),
+      Math.min(Math.max(state.place[a], 0), size - 1),
     );
     drawGrids();
     drawPairs();
-    writeHashSoon();
   }
 
   /** Make the grid's pixel the chosen one. */
@@ -398,7 +401,6 @@
       return;
     }
     event.preventDefault(); // the arrow keys would scroll the page
-    event.stopPropagation();
     place = place.map((p, a) => Math.min(Math.max(p, 0), size[a] - 1));
     choose(side, place);
     cellOf(side, ...place).focus();
