@@ -37,6 +37,11 @@ def commit(root: Path, day: str) -> None:
 
 def test_without_git_the_newest_file_says_when(sources):
     assert book_pages.last_change(sources) == "2031-06-23 (by the dates of the files)"
+    compiled = sources / "convt_lab" / "__pycache__" / "module.pyc"
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()  # Python wrote it, not an author
+    os.utime(compiled, (1_990_000_000, 1_990_000_000))
+    assert book_pages.last_change(sources) == "2031-06-23 (by the dates of the files)"
 
 
 @needs_git
@@ -47,6 +52,12 @@ def test_a_repository_says_when_and_which_commit(sources):
     assert "changed" not in book_pages.last_change(sources)
     (sources / "book" / "intro.md").write_text("# Another\n")
     assert book_pages.last_change(sources).endswith(", changed since)")
+
+
+@needs_git
+def test_a_repository_without_a_commit_says_nothing(sources):
+    subprocess.run(["git", "init", "-q"], cwd=sources, check=True)
+    assert book_pages.last_change(sources) == "2031-06-23 (by the dates of the files)"
 
 
 @needs_git

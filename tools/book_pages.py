@@ -46,7 +46,8 @@ def last_change(root: Path) -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     top = git("rev-parse", "--show-toplevel")
-    if top and Path(top).resolve() == root.resolve():  # not a repository that is around it
+    # Not a repository that is only around it, and one that has a commit.
+    if top and Path(top).resolve() == root.resolve() and git("rev-parse", "--verify", "HEAD"):
         date, commit = git("log", "-1", "--format=%cs %h").split()
         changed = ", changed since" if git("status", "--porcelain", "--untracked-files=no") else ""
         return f"{date} (commit {commit}{changed})"
@@ -55,8 +56,10 @@ def last_change(root: Path) -> str:
         date, _, commit = archived.read_text(encoding="utf-8").strip().partition(" ")
         if "Format" not in date:
             return f"{date} (commit {commit})"
-    files = [path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()]
-    newest = max(path.stat().st_mtime for path in files)
+    files = [path for pattern in SOURCES for path in root.glob(pattern)]
+    newest = max(
+        path.stat().st_mtime for path in files if path.is_file() and "__pycache__" not in path.parts
+    )
     return f"{datetime.fromtimestamp(newest, UTC):%Y-%m-%d} (by the dates of the files)"
 
 
