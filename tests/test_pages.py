@@ -143,7 +143,8 @@ CONTRASTS = """
 
 TEXTS = [
     *(f"main {tag}" for tag in ("p", "li", "td", "th", "dt", "h1", "h2")),
-    "main figcaption :not(.headerlink)",
+    *("main a:not(.headerlink)", "main figcaption :not(.headerlink)", "#explorer *"),
+    *("main div.highlight pre span", "main code span", "main .sd-summary-text"),
     ".bd-footer-content p",
 ]
 
