@@ -126,7 +126,7 @@ class Browser:
         return answer["result"]
 
     def wait_for(self, method: str, session: str, seconds: float = SECONDS) -> dict:
-        """Wait for an event, and take it and all before it."""
+        """Wait until an event of a page has come since it was loaded; return what it says."""
         limit = time.monotonic() + seconds
         seen = 0
         while True:
@@ -266,10 +266,6 @@ class Page:
                 windowsVirtualKeyCode=codes[key],
                 modifiers=2 * control + 8 * shift,
             )
-
-    def screenshot(self) -> bytes:
-        """The window as a PNG."""
-        return base64.b64decode(self.send("Page.captureScreenshot")["data"])
 
     def pdf(self, seconds: float, **options) -> bytes:
         """The page in print, as a PDF."""

@@ -20,7 +20,7 @@ import yaml
 from browser import HOW_TO_GET, Browser, BrowserError, find
 from bs4 import BeautifulSoup, Tag
 
-from book import ROOT
+import book
 
 STYLE = Path(__file__).with_name("pdf.css")
 SECONDS = 300  # for printing; a book of a hundred pages takes some ten
@@ -83,7 +83,7 @@ def parts(folder: Path) -> list[tuple[str | None, list[str]]]:
     listed = toc.get("parts") or [{"chapters": toc.get("chapters", [])}]
     return [
         (None, [toc["root"]]),
-        *((part.get("caption"), [c["file"] for c in part["chapters"]]) for part in listed),
+        *((part.get("caption"), list(book.pages(part))) for part in listed),
     ]
 
 
@@ -265,7 +265,7 @@ def write_pdf(folder: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=ROOT)
+    parser.add_argument("folder", nargs="?", type=Path, default=book.ROOT)
     folder = parser.parse_args().folder.resolve()
     try:
         if find() is None:
