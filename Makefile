@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env book test mutants bench notebooks format lint clean
+.PHONY: help env book pdf test mutants bench notebooks format lint clean
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -46,6 +46,9 @@ $(READY): requirements.txt pyproject.toml
 
 book: $(READY)  ## execute every notebook and render the book; warnings are errors
 	@$(BIN)/python tools/book.py
+
+pdf: book  ## render the book and print it into one PDF; needs Chromium
+	@$(BIN)/python tools/pdf.py
 
 test: book  ## render the book, then run the tests and check every notebook's stored outputs
 	$(BIN)/python -m pytest @tools/nbval.args -n $(WORKERS) --dist loadscope tests $(NOTEBOOKS)

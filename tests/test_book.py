@@ -80,8 +80,15 @@ def mini_book(tmp_path, monkeypatch):
     """A book with this one's settings, an introduction and one chapter that prints 1."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # Sphinx leaves a log there when it fails
     book = tmp_path / "book"
-    book.mkdir()
-    for name in ("_config.yml", "book/references.bib"):
+    for folder in ("book/_static", "tools"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in (
+        "_config.yml",
+        "book/_static/book.css",
+        "book/_static/book.js",
+        "book/references.bib",
+        "tools/book_pages.py",
+    ):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (book / "intro.md").write_text("# The introduction\n\nText.\n")
     toc = {"format": "jb-book", "root": "book/intro", "chapters": [{"file": "book/chapter"}]}
