@@ -37,7 +37,7 @@ from convt_lab import (
 from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.problem import Axis
 from convt_lab.split import FORMATS
-from convt_lab.stages import kernels
+from convt_lab.stages import fma_stages, kernels
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "book"))
 import drafts.checks
@@ -407,8 +407,9 @@ def share_of_two_longest() -> float:
 # what the cell beside it sets or prints.
 CLAIMS = {
     "intro": {
-        "its record does not have them": lambda: (
-            not are_measured("tensor_core", "tensor_core_split", "hopper")
+        "it is wrong in eleven ways": lambda: len(drafts.versions.MENDS) == 11,
+        "Three more rungs multiply with other units": lambda: (
+            len(lab.stages) - len(fma_stages) == 3
         ),
         "number 65 of level 1": "level 1 #65" in Problem.named.__doc__,
         f"N = {STAR.batch}": True,
@@ -469,6 +470,11 @@ CLAIMS = {
         "16 bytes": lambda: hoppers("OCTET") * 2 == 16,
         "compute capability 9.0": lambda: (
             kernels["hopper"].min_capability == (9, 0) and kernels["hopper"].architecture == "9.0a"
+        ),
+        # In the words of another chapter.
+        "four for two rows of a 3-row kernel": lambda: (
+            lab.stages["winograd"].summary
+            == "Two rows of outputs from four products in place of six."
         ),
         "Still cuDNN is ahead there on most wide shapes": lambda: wide_by_ours(5) < 0.3,
         "more accurate than those of PyTorch's float32 on all four kinds": lambda: all(
