@@ -211,6 +211,7 @@ class Tracer {
 
   std::uint64_t fma() const { return fma_; }
   std::uint64_t tensor_fma() const { return tensor_fma_; }
+  std::uint64_t steps() const { return steps_; }
   std::uint64_t blocks() const { return block_serial_; }
   std::uint64_t grid_blocks() const {
     return static_cast<std::uint64_t>(grid_size_.x) * grid_size_.y * grid_size_.z;
