@@ -54,8 +54,8 @@ EXERCISES = (
         why="The lanes' outputs lie above four inputs, half a sector. For the second tap they lie "
         "one further left: of every other warp in two sectors, of the rest still in one. The mean "
         "is that of one, one, one and two. The lanes are spread over all eight residue classes, so "
-        "they want eight different weights. These lie side by side and are one aligned sector: the broadcast is "
-        "gone, and costs nothing here.",
+        "they want eight different weights. These lie side by side and are one aligned sector: the "
+        "broadcast is gone, and costs nothing here.",
     ),
     StageExercise(
         name="coalesced.2",

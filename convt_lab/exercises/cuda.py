@@ -84,6 +84,8 @@ class Budget:
             for word, bound in (("least", self.least), ("most", self.most))
             if bound is not None
         ]
+        if self.least == self.most:
+            bounds = [f"exactly {_number(self.most)}"]
         subject = f"{self.space} {self.op}s" + (f" of {buffer!r}" if buffer else "") if of else ""
         sentence = (
             f"{subject}{': ' if subject else ''}{' and '.join(bounds)} {self.quantity}; "
@@ -114,7 +116,7 @@ _QUANTITIES: dict[str, tuple[bool, Callable[[Sequence[Site], Report], float]]] =
     "wavefronts per request": (True, _per_request("wavefronts")),
     "lanes per request": (True, _per_request("active_lanes")),
     "requests": (True, _total("requests")),
-    "lane loads": (True, _total("active_lanes")),
+    "loads, counted by lane": (True, _total("active_lanes")),
     "FMAs": (False, lambda sites, report: report.fma),
     "multiply-adds of tensor cores": (False, lambda sites, report: report.tensor_fma),
     "iterations of loops": (False, lambda sites, report: report.steps),

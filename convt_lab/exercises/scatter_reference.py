@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import product
 
@@ -146,13 +145,10 @@ def stamps(stride, kernel, dilation):
         whole='''
 def stamps(stride, kernel, dilation):
     """The fewest and the most stamps that an output away from the rim gets."""
-    common = math.gcd(stride, dilation)
+    common = int(np.gcd(stride, dilation))
     step = stride // common  # from one tap of a class to the next
     fewest = 0 if common > 1 else kernel // step
     return fewest, -(-kernel // step)
-
-
-import math
 ''',
         judge=_judge_stamps,
         hints=(

@@ -121,7 +121,7 @@ __global__ void gather_1d(const float* x, const float* w, float* y, int size, in
 }
 """,
         launches=_tiled,
-        budgets=(Budget("lane loads", most=600, buffer="x"),),
+        budgets=(Budget("loads, counted by lane", most=600, buffer="x"),),
         whole="""
 constexpr int THREADS = 64, TAPS = 9;
 
@@ -142,8 +142,8 @@ __global__ void gather_1d(const float* x, const float* w, float* y, int size, in
 """,
         hints=(
             "Which inputs does a block of 64 outputs reach through nine taps?",
-            "From `first - (TAPS - 1)` to `first + THREADS - 1`, where `first` is the block's first "
-            "output. Bring them into a `__shared__` array, some threads two of them.",
+            "From `first - (TAPS - 1)` to `first + THREADS - 1`, where `first` is the block's "
+            "first output. Bring them into a `__shared__` array, some threads two of them.",
             "The barrier must come before any thread returns. Outside the row, put zeros.",
         ),
         why="A block needs 72 inputs for its 64 outputs, and asks for each of them once. Threads "
