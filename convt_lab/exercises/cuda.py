@@ -8,6 +8,7 @@ problem against the exercise's budgets. A GPU is asked only after the simulator 
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ class Budget:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.2f}"
+    return f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
 def _total(name: str) -> Callable[[Sequence[Site], Report], float]:
@@ -110,13 +111,19 @@ def _per_request(name: str) -> Callable[[Sequence[Site], Report], float]:
     return value
 
 
+def _fmas_per_load(sites: Sequence[Site], report: Report) -> float:
+    """Divide by the loads of single lanes, as a thread counts them."""
+    lanes = sum(site.active_lanes for site in sites)
+    return report.fma / lanes if lanes else math.inf
+
+
 # Of each: whether it is of accesses, and how it is counted.
 _QUANTITIES: dict[str, tuple[bool, Callable[[Sequence[Site], Report], float]]] = {
     "sectors per request": (True, _per_request("sectors")),
     "wavefronts per request": (True, _per_request("wavefronts")),
     "lanes per request": (True, _per_request("active_lanes")),
     "requests": (True, _total("requests")),
-    "loads, counted by lane": (True, _total("active_lanes")),
+    "FMAs per load": (True, _fmas_per_load),
     "FMAs": (False, lambda sites, report: report.fma),
     "multiply-adds of tensor cores": (False, lambda sites, report: report.tensor_fma),
     "iterations of loops": (False, lambda sites, report: report.steps),

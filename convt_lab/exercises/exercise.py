@@ -19,6 +19,9 @@ from convt_lab.simulator.report import Report
 
 __all__ = ["Exercise", "Hints", "Result", "Solution", "Source", "edited", "first_wrong"]
 
+#: Characters in a line of a verdict: what fits on a page of the book.
+WIDTH = 70
+
 
 class Source(str):
     """A text to change: a `str`, shown in a notebook as code."""
@@ -109,7 +112,7 @@ class Result:
         for line in self.text.splitlines():
             # Code is indented, and stays as it is.
             is_code = line.startswith("    ") or not line
-            lines += [line] if is_code else textwrap.wrap(line, 80, subsequent_indent="  ")
+            lines += [line] if is_code else textwrap.wrap(line, WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -125,7 +128,8 @@ class Hints:
     def __str__(self) -> str:
         return "\n".join(f"{number}. {text}" for number, text in enumerate(self.texts, 1))
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"<hints for {self.name}>"
 
     def _repr_markdown_(self) -> str:
         return f":::{{admonition}} Hints\n:class: dropdown\n{self}\n:::"
@@ -150,7 +154,8 @@ class Solution:
     def __str__(self) -> str:
         return str(self.answer)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"<solution of {self.exercise.name}>"
 
     def _repr_markdown_(self) -> str:
         """Show it folded, with what the check says: a solution that is shown has been run."""

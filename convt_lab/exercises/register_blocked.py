@@ -58,8 +58,8 @@ EXERCISES = (
             Problem(1, 3, 8, 6, 24, kernel_size=(3, 7)),
         ),
         budgets=(
-            Budget("wavefronts per request", most=3, space="shared"),
-            Budget("loads, counted by lane", most=35_000, space="shared"),
+            Budget("wavefronts per request", most=2.5, space="shared"),
+            Budget("FMAs per load", least=20, space="shared"),
         ),
         hints=(
             "Lanes read windows that begin `THREAD_W` words apart, sixteen bytes at a time, and "
@@ -93,7 +93,7 @@ __global__ void gather_1d(const float* x, const float* w, float* y, int size, in
 }
 """,
         launches=_windows,
-        budgets=(Budget("loads, counted by lane", most=2400),),
+        budgets=(Budget("FMAs per load", least=1.5),),
         whole="""
 constexpr int TAPS = 7, THREAD_W = 4, WINDOW = THREAD_W + TAPS - 1;
 
@@ -136,8 +136,8 @@ __global__ void gather_1d(const float* x, const float* w, float* y, int size, in
         kernel="pointwise",
         text="""
 // A transposed convolution with a 1x1 kernel is a matrix product:
-// x [C_in, pixels], w [C_in, C_out], y [C_out, pixels]. There is a thread for each output; it is all
-// right to leave most of them without work.
+// x [C_in, pixels], w [C_in, C_out], y [C_out, pixels]. There is a thread for each output; it is
+// all right to leave most of them without work.
 __global__ void pointwise(const float* x, const float* w, float* y,
                           int c_in, int c_out, int pixels) {
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
@@ -151,7 +151,7 @@ __global__ void pointwise(const float* x, const float* w, float* y,
 }
 """,
         launches=_products,
-        budgets=(Budget("loads, counted by lane", most=10_000),),
+        budgets=(Budget("FMAs per load", least=1.5),),
         whole="""
 constexpr int THREAD_CO = 4, THREAD_W = 4;
 

@@ -193,13 +193,14 @@ __global__ void product(const float* a, const float* b, float* c, int depth) {
         whole=PRODUCT,
         hints=(
             "`mma<Tf32>(sum, rows, columns)` of `mma.cuh` takes `uint32_t rows[4]` and "
-            "`columns[2]` for eight values of k at once; its opening comment says what each register holds.",
+            "`columns[2]` for eight values of k at once; its opening comment says what each "
+            "register holds.",
             "`rows[0]` and `rows[1]` are rows g and g + 8 at k = t, `rows[2]` and `rows[3]` the "
             "same at t + 4; `columns` is column g at k = t and t + 4.",
             "A register is `to_tf32(value).bits`. Step k by 8, and leave the stores as they are.",
         ),
         why="Each lane brings its share of A and B into registers, and the warp multiplies at "
-        "once. What it holds of C afterwards is what the start summed, so the stores stay as they are. "
-        "The values are small integers, which TF32 holds: the result is exact.",
+        "once. What it holds of C afterwards is what the start summed, so the stores stay as they "
+        "are. The values are small integers, which TF32 holds: the result is exact.",
     ),
 )
