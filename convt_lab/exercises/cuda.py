@@ -206,7 +206,7 @@ class _CudaExercise(Exercise):
         if not isinstance(answer, str):
             return self.failed(
                 f"This exercise takes CUDA C++ as a str, or a dict of changes "
-                f"{{old: new}} of the starting text; this is a {type(answer).__name__}."
+                f"{{old: new}} of the starting text; this is of type {type(answer).__name__}."
             )
         note = ["This is the starting text, unchanged."] if answer == self.start else []
         try:

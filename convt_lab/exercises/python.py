@@ -67,7 +67,7 @@ class FunctionExercise(Exercise):
         if not callable(answer):
             return self.failed(
                 f"This exercise takes the function {self.function!r}, or the text that defines it; "
-                f"this is a {type(answer).__name__}."
+                f"this is of type {type(answer).__name__}."
             )
         if wrong := self._wrong_signature(answer):
             return self.failed(wrong)
