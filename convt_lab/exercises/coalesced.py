@@ -85,7 +85,7 @@ EXERCISES = (
         ),
         hints=(
             "A warp is thirty-two neighbours in `threadIdx.x` first. Which pixels are they here?",
-            "`threadIdx.x` runs from 0 to `blockDim.x - 1`, and the launcher chooses `blockDim`: "
+            "`threadIdx.x` runs from `0` to `blockDim.x - 1`, and the launcher chooses `blockDim`: "
             "swap `threadIdx.x` and `threadIdx.y` in the kernel, and the sizes in the `dim3`.",
             "Then a warp is as wide as the tile, if that is narrower than a warp. Make it wider, "
             "with as many outputs as before.",

@@ -78,7 +78,7 @@ EXERCISES = (
             )
         },
         hints=(
-            "Which of `oh`, `ow`, `co` and `n` differs between thread 0 and thread 1?",
+            "Which of `oh`, `ow`, `co` and `n` differs between the first thread and the second?",
             "An index is taken apart like digits: what is taken first, by `%`, varies fastest.",
             "Let the first two lines take `p.out_width` before `p.out_height`.",
         ),

@@ -70,8 +70,8 @@ EXERCISES = (
             "for all of them.",
         ),
         why="Eight lanes, each `THREAD_W / 4` pieces further on, get eight different places if and "
-        "only if that number is odd: 4, 12, 20. The larger, the fewer loads for an FMA, until the "
-        "registers run out; 12 is the file's choice, and 4 does not keep the second budget.",
+        "only if that number is odd. The larger, the fewer loads for an FMA, until the registers "
+        "run out. A single piece has no conflicts either, and does not keep the second budget.",
     ),
     KernelExercise(
         name="register_blocked.2",
@@ -127,9 +127,9 @@ __global__ void gather_1d(const float* x, const float* w, float* y, int size, in
             "row. Then each weight is loaded once and used four times.",
             "Output `first + j` multiplies tap `k` with `window[j + TAPS - 1 - k]`.",
         ),
-        why="Four outputs need a window of ten inputs and seven weights, 17 loads for 28 FMAs "
-        "where the start has 56. All indices into `window` and `sum` are constants once the loops "
-        "are unrolled, so both can live in registers.",
+        why="A window of ten inputs serves four outputs, and so does each weight: fewer than a "
+        "third of the start's loads. All indices into `window` and `sum` are constants once the "
+        "loops are unrolled, so both can live in registers.",
     ),
     KernelExercise(
         name="register_blocked.3",
@@ -195,7 +195,7 @@ __global__ void pointwise(const float* x, const float* w, float* y,
             "each with each.",
             "Where channels or pixels run out, load zeros, and store only outputs that exist.",
         ),
-        why="Four inputs and four weights make sixteen FMAs: eight loads where the start has 32. "
+        why="Four inputs and four weights make sixteen FMAs: a quarter of the start's loads. "
         "Loads add, work multiplies. The solution lets a lane's own pixels lie a stretch apart, so "
         "that neighbouring lanes still ask for neighbouring inputs.",
     ),

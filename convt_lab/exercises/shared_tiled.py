@@ -97,10 +97,10 @@ __global__ void transpose(const float* x, float* y, int rows, int columns) {
             "banks.",
             "Make the rows of the tile one word longer than they need to be.",
         ),
-        why="The lanes read a column, whose words were 32 apart: all in one bank, served one after "
-        "the other. With rows of 33 words each lane's word lies one bank further than its "
-        "neighbour's. Reading rows and writing columns of `y` directly would need no tile, and "
-        "would touch 32 sectors for each store.",
+        why="The lanes read a column, whose words were as far apart as there are banks: all in one "
+        "bank, served one after the other. With rows one word longer each lane's word lies one "
+        "bank further than its neighbour's. Reading rows and writing columns of `y` directly would "
+        "need no tile, and would touch as many sectors as lanes for each store.",
     ),
     KernelExercise(
         name="shared_tiled.3",
@@ -141,14 +141,14 @@ __global__ void gather_1d(const float* x, const float* w, float* y, int size, in
 }
 """,
         hints=(
-            "Which inputs does a block of 64 outputs reach through nine taps?",
+            "Which inputs do the outputs of a block reach through nine taps?",
             "From `first - (TAPS - 1)` to `first + THREADS - 1`, where `first` is the block's "
             "first output. Bring them into a `__shared__` array, some threads two of them.",
             "The barrier must come before any thread returns. Outside the row, put zeros.",
         ),
-        why="A block needs 72 inputs for its 64 outputs, and asks for each of them once. Threads "
-        "without an output return behind the barrier, not before it: they help to load, and all "
-        "must arrive. With zeros beyond the row the loop needs no test; where a weight can be "
-        "infinite, as in the stages, that would be wrong.",
+        why="A block needs a few more inputs than it has outputs, the halo, and asks for each of "
+        "them once. Threads without an output return behind the barrier, not before it: they help "
+        "to load, and all must arrive. With zeros beyond the row the loop needs no test; where a "
+        "weight can be infinite, as in the stages, that would be wrong.",
     ),
 )

@@ -131,8 +131,8 @@ __global__ void row_sums(const float* x, float* y, int count) {
             )
         },
         hints=(
-            "It is right for rows of 64. What do the threads without a value do, and what is in "
-            "their words of `part`?",
+            "It is right for rows of sixty-four. What do the threads without a value do, and what "
+            "is in their words of `part`?",
             "A thread that has returned arrives at no barrier, and its word is never written.",
             "Let every thread write a word, zero if it has no value, and let none return early.",
         ),

@@ -155,8 +155,8 @@ def to_tf32(values):
         },
         judge=_judge_to_tf32,
         hints=(
-            "The start cuts the last 13 binary digits off. When is the next number up nearer?",
-            "When the first of the 13 digits is a one. Adding half a unit of the last digit that "
+            "The start cuts thirteen binary digits off. When is the next number up nearer?",
+            "When the first of the thirteen is a one. Adding half a unit of the last digit that "
             "stays makes it carry exactly then.",
             "Half a unit is `0x1000`. Add it to the bits before you cut off; a carry into the "
             "exponent is right, too.",
@@ -195,9 +195,10 @@ __global__ void product(const float* a, const float* b, float* c, int depth) {
             "`mma<Tf32>(sum, rows, columns)` of `mma.cuh` takes `uint32_t rows[4]` and "
             "`columns[2]` for eight values of k at once; its opening comment says what each "
             "register holds.",
-            "`rows[0]` and `rows[1]` are rows g and g + 8 at k = t, `rows[2]` and `rows[3]` the "
-            "same at t + 4; `columns` is column g at k = t and t + 4.",
-            "A register is `to_tf32(value).bits`. Step k by 8, and leave the stores as they are.",
+            "`rows[0]` and `rows[1]` are rows `g` and `g + 8` at `k + t`, `rows[2]` and `rows[3]` "
+            "the same at `k + t + 4`; `columns` is column `g` at `k + t` and `k + t + 4`.",
+            "A register is `to_tf32(value).bits`. Step `k` by eight, and leave the stores as they "
+            "are.",
         ),
         why="Each lane brings its share of A and B into registers, and the warp multiplies at "
         "once. What it holds of C afterwards is what the start summed, so the stores stay as they "

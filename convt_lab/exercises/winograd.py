@@ -174,12 +174,12 @@ def f43(d, g):
         hints=(
             "The check calls it with symbols and counts products of a sum of inputs and a sum of "
             "weights. Products with a constant are free.",
-            "As with F(2, 3), read d and g as polynomials: a product of the two is known by its "
+            "As with $F(2, 3)$, read d and g as polynomials: a product of the two is known by its "
             "values at five points and its highest coefficient, and each value is one product.",
-            "Take the points 0, 1, -1, 2 and -2. The sums of weights are g at these points, times "
-            "1/4, -1/6, -1/6, 1/24 and 1/24, and g[2] alone.",
+            "Take the points `0, 1, -1, 2, -2`. The sums of weights are `g` at these points, times "
+            "`1/4, -1/6, -1/6, 1/24, 1/24`, and `g[2]` alone.",
         ),
-        why="Six products are half of the definition's twelve, where F(2, 3) has two thirds. The "
+        why="Six products are half of the definition's twelve, where $F(2, 3)$ has two thirds. The "
         "constants are those of Lavin and Gray. They are larger, so larger terms come and go; the "
         "transforms have more additions; and a thread would need the windows of six rows.",
     ),
@@ -197,12 +197,13 @@ def f43(d, g):
             "A half of a warp reads the weights of two products, four words each. How far apart do "
             "they lie, and is that a multiple of the number of banks?",
             "A few words between the products' weights move the second product to other banks. A "
-            "16-byte load needs an address that is a multiple of 16 bytes.",
-            "Add a multiple of four words to `PRODUCT_WEIGHTS`, and not 32.",
+            "load of sixteen bytes needs an address that is a multiple of sixteen.",
+            "Add a multiple of four words to `PRODUCT_WEIGHTS`, and not as many as banks.",
         ),
-        why="Every product has a whole number of rows of 32 words, so the weights of two products "
-        "lay in the same four banks. With a few words between them, the two pieces of four words "
-        "that a half of the warp reads are in different banks. Any multiple of four below 32 does.",
+        why="The weights of a product fill all banks a whole number of times, so those of two "
+        "products lay in the same four banks. With a few words between them, the two pieces of "
+        "four words that a half of the warp reads are in different banks. Any multiple of four "
+        "below the number of banks does.",
     ),
     KernelExercise(
         name="winograd.3",
