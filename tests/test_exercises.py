@@ -348,13 +348,14 @@ def pretended_gpu(monkeypatch):
         return compile_source(text, "simulator", name=name)
 
     monkeypatch.setattr(cuda, "backend_named", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(cuda, "compile_source", compiled)
     return change
 
 
 def test_what_the_simulator_finds_right_runs_on_the_gpu_too(pretended_gpu):
     answer = solution("simulator.2")
-    assert "on the GPU are right" in str(check("simulator.2", answer, backend="gpu"))
+    assert "right values on the GPU, too" in str(check("simulator.2", answer, backend="gpu"))
     pretended_gpu.append(("% 64]", "% 32]"))
     result = check("simulator.2", answer, backend="gpu")
     assert not result.passed
@@ -362,6 +363,13 @@ def test_what_the_simulator_finds_right_runs_on_the_gpu_too(pretended_gpu):
     # A wrong answer is never launched there.
     pretended_gpu.append(("no such text", ""))
     assert "race" in str(check("simulator.2", start("simulator.2"), backend="gpu"))
+
+
+def test_a_gpu_that_lacks_the_instruction_is_not_asked(pretended_gpu):
+    pretended_gpu.append(("no such text", ""))
+    result = check("tensor_core.3", solution("tensor_core.3"), backend="gpu")
+    assert result.passed
+    assert "not run on this GPU: it takes compute capability 8.0" in str(result)
 
 
 @pytest.mark.gpu

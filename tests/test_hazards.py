@@ -8,6 +8,7 @@ from strategies import inputs, problem_set
 
 import convt_lab as lab
 from convt_lab.backend import Array
+from convt_lab.simulator.tracing import step_limit
 
 
 def hazards(source, block, args, grid=1, shared_bytes=0):
@@ -361,6 +362,23 @@ def test_a_kernel_that_never_ends_is_stopped(monkeypatch):
     with pytest.raises(lab.KernelError, match="more steps than it may") as caught:
         program.launch("run", 1, 1, [np.zeros(1, np.int32)], trace=True)
     assert caught.value.report.totals["global_load_requests"] > 1000
+
+
+def test_steps_are_counted_and_may_be_limited():
+    source = """
+    __global__ void run(float* y, int rounds) {
+      float sum = 0.0f;
+      for (int i = 0; i < rounds; ++i) sum += i;
+      y[threadIdx.x] = sum;
+    }
+    """
+    program = lab.compile(source, "simulator")
+    args = [floats(40), 25]
+    with step_limit(1000):
+        assert program.launch("run", 1, 40, args, trace=True).steps == 40 * 25
+    with step_limit(999), pytest.raises(lab.KernelError, match="more steps than it may"):
+        program.launch("run", 1, 40, args, trace=True)
+    assert program.launch("run", 1, 40, args, trace=True).to_dict()["steps"] == 1000
 
 
 def test_a_launch_begins_when_the_one_before_it_is_done():

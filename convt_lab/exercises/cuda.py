@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from convt_lab import figures, reference
+from convt_lab.build import BuildError
 from convt_lab.errors import CompileError, KernelError
 from convt_lab.exercises.exercise import Exercise, Result, Source, edited, first_wrong
 from convt_lab.problem import Problem
@@ -159,11 +161,14 @@ class _CudaExercise(Exercise):
         The solution as a text of its own, where it has little in common with the start.
     budgets
         For the counters of the last problem.
+    min_capability
+        The least compute capability of a GPU that has the instructions.
     """
 
     edits: Mapping[str, str] = field(default_factory=dict)
     whole: str = ""
     budgets: tuple[Budget, ...] = ()
+    min_capability: tuple[int, int] = (0, 0)
 
     @property
     def solution(self) -> str:
@@ -236,10 +241,14 @@ class _CudaExercise(Exercise):
         if not met:
             return self.failed(*note, *lines, report=reports[-1])
         if backend_named(backend).name == "gpu":
-            on_gpu = self._check_on_gpu(text)
-            if on_gpu is not None:
-                return self.failed(on_gpu, report=reports[-1])
-            lines.append("the same values on the GPU are right, too")
+            capability = torch.cuda.get_device_capability()
+            if capability < self.min_capability:
+                needs = ".".join(map(str, self.min_capability))
+                lines.append(f"not run on this GPU: it takes compute capability {needs}")
+            elif (wrong := self._check_on_gpu(text)) is not None:
+                return self.failed(wrong, report=reports[-1])
+            else:
+                lines.append("right values on the GPU, too")
         return self.passed(*lines, report=reports[-1])
 
     def _check_on_gpu(self, text: str) -> str | None:
@@ -248,7 +257,9 @@ class _CudaExercise(Exercise):
             for run in self._runs(self._compile(text, "gpu")):
                 if wrong := _first_wrong(run, run.on_gpu()):
                     return f"Right on the simulator, but on the GPU, {run.label}:\n{wrong}"
-        except (CompileError, KernelError) as error:
+        except BuildError:  # not the answer's fault
+            raise
+        except RuntimeError as error:
             return f"Right on the simulator, but not on the GPU: {error}"
         return None
 

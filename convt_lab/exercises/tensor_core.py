@@ -169,6 +169,7 @@ def to_tf32(values):
     KernelExercise(
         name="tensor_core.3",
         kernel="product",
+        min_capability=(8, 0),
         text="""
 #include "mma.cuh"
 

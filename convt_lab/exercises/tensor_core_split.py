@@ -129,6 +129,7 @@ def pairs(parts):
     KernelExercise(
         name="tensor_core_split.3",
         kernel="product",
+        min_capability=(8, 0),
         text=PRODUCT,
         launches=_reals,
         budgets=(
