@@ -85,6 +85,20 @@ BUGS = {
         """,
         dict(block=64, args=[floats(64)], shared_bytes=128),
     ),
+    "a word written while two warps read it": (
+        "race",
+        "tile",
+        """
+        __global__ void run(const float* x, float* y) {
+          __shared__ float tile[64];
+          tile[threadIdx.x] = x[threadIdx.x];
+          __syncthreads();
+          y[threadIdx.x] = tile[threadIdx.x % 32];
+          if (threadIdx.x == 33) tile[1] = 1.0f;  // here
+        }
+        """,
+        dict(block=64, args=[floats(64), floats(64)]),
+    ),
     "a barrier that some threads skip": (
         "divergent_barrier",
         "",
@@ -258,6 +272,25 @@ def test_a_message_gives_an_example():
     assert hazard.message == (
         "thread (31, 0, 0) of block (0, 0, 0) goes to byte 128 of 'x', which is outside it"
     )
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (
+            "a barrier after an early return",
+            "thread (50, 0, 0) of block (0, 0, 0) and thread (0, 0, 0) of its block do not reach",
+        ),
+        (
+            "a word written while two warps read it",
+            "thread (33, 0, 0) of block (0, 0, 0) and thread (1, 0, 0) of block (0, 0, 0) touch",
+        ),
+    ],
+)
+def test_the_message_names_two_threads(bug, message):
+    _, _, source, launch = BUGS[bug]
+    (hazard,) = hazards(source, **launch)
+    assert hazard.message.startswith(message)
 
 
 CORRECT = {
