@@ -199,6 +199,62 @@ def test_hints_and_reasons_hold_no_number_that_nothing_compares(name):
         assert not re.search(r"(?<!\w)\d", text)
 
 
+# --- what hints and reasons say -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        (
+            "simulator.2",  # two tiles in turn
+            {
+                "tile[64]": "tile[2][64]",
+                "tile[threadIdx.x] =": "tile[i % 2][threadIdx.x] =",
+                "sum += tile[": "sum += tile[i % 2][",
+            },
+        ),
+        (
+            "coalesced.2",  # any tile that is a whole number of warps wide
+            changed("coalesced.2", "TILE_H = 4;", "TILE_H = 8;").replace("W = 64;", "W = 32;"),
+        ),
+    ],
+)
+def test_another_answer_that_is_right(name, answer):
+    result = check(name, answer)
+    assert result.passed, result
+
+
+def test_a_single_piece_keeps_the_first_budget_and_not_the_second():
+    answer = changed("register_blocked.1", "THREAD_W = 12; ", "THREAD_W = 4; ")
+    first, second = re.findall(
+        r"(?:most|least) ([\d.]+) [^;]*; yours: ([\d.]+)",
+        text_of(check("register_blocked.1", answer)),
+    )
+    assert float(first[1]) <= float(first[0])
+    assert float(second[1]) < float(second[0])
+
+
+def test_words_between_the_products_of_winograd():
+    size, banks = figures.constants(
+        lab.stages["winograd"], "f23::KW * f23::BLOCK_CO", "32"
+    ).values()
+    for words in range(0, 2 * banks, 4):
+        pieces = {(start + i) % banks for start in (0, size + words) for i in range(4)}
+        assert (len(pieces) == 8) == (words % banks != 0)
+
+
+def test_how_many_loads_the_register_blocks_save():
+    def per_load(name: str, answer) -> float:
+        return float(re.search(r"FMAs per load; yours: ([\d.]+)", str(check(name, answer)))[1])
+
+    saved = {
+        name: per_load(name, solution(name)) / per_load(name, start(name))
+        for name in ("register_blocked.2", "register_blocked.3")
+    }
+    assert 3 < saved["register_blocked.2"] < 4
+    assert saved["register_blocked.3"] == 4
+
+
 # --- what is said of answers in CUDA --------------------------------------------------------------
 
 LOOP = "for (int ci = 0; ci < group_in; ++ci) {"

@@ -205,7 +205,7 @@ def scatter(x, weight, stride, padding, output_padding, dilation):
             "Output padding makes the canvas larger at its end and moves nothing. Padding crops "
             "both ends after all stamps are down.",
             "A dilated stamp covers `dilation * (kernel - 1) + 1` pixels, and a slice with a third "
-            "value, `slice(start, stop, dilation)`, takes every so-manieth of them.",
+            "value, `slice(start, stop, dilation)`, takes every `dilation`-th of them.",
         ),
         why="A dilated stamp spans `dilation * (kernel - 1) + 1` pixels and touches every "
         "`dilation`-th of them. Output padding only makes the canvas larger; padding crops it at "
