@@ -89,9 +89,9 @@ class Budget:
         ]
         if self.least == self.most:
             bounds = [f"exactly {_number(self.most)}"]
-        subject = f"{self.space} {self.op}s" + (f" of {buffer!r}" if buffer else "") if of else ""
+        subject = f"{self.op}s of {buffer!r}: " if buffer else f"{self.space} {self.op}s: "
         sentence = (
-            f"{subject}{': ' if subject else ''}{' and '.join(bounds)} {self.quantity}; "
+            f"{subject if of else ''}{' and '.join(bounds)} {self.quantity}; "
             f"yours: {_number(value)}" + (f", line {line}" if line else "")
         )
         return met, sentence, line

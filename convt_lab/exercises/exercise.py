@@ -20,7 +20,7 @@ from convt_lab.simulator.report import Report
 __all__ = ["Exercise", "Hints", "Result", "Solution", "Source", "edited", "first_wrong"]
 
 #: Characters in a line of a verdict: what fits on a page of the book.
-WIDTH = 70
+WIDTH = 72
 
 
 class Source(str):
