@@ -404,6 +404,7 @@ def pretended_gpu(monkeypatch):
         return compile_source(text, "simulator", name=name)
 
     monkeypatch.setattr(cuda, "backend_named", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(cuda, "compile_source", compiled)
     return change
@@ -426,6 +427,14 @@ def test_a_gpu_that_lacks_the_instruction_is_not_asked(pretended_gpu):
     result = check("tensor_core.3", solution("tensor_core.3"), backend="gpu")
     assert result.passed
     assert "not run on this GPU: it takes compute capability 8.0" in str(result)
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    answer = edited(solution("simulator.2").answer, {"float sum": "// anew\n  float sum"})
+    with pytest.raises(lab.BuildError, match="torch sees no CUDA device"):
+        check("simulator.2", answer, backend="gpu")
+    assert "on the GPU" not in str(check("coalesced.1", (1.25, 1), backend="gpu"))
 
 
 @pytest.mark.gpu

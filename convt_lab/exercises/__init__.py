@@ -66,7 +66,12 @@ def check(name: str, answer: Any, backend: str = "simulator") -> Result:
     ValueError
         If there is no such exercise or back end. Nothing is raised for what is wrong in the answer.
     BuildError
-        If there is no compiler that works.
+        If there is no compiler that works, or no GPU where one is asked for.
+
+    Notes
+    -----
+    A kernel that runs for ever is stopped. A loop without end in a launcher, which is host code, or
+    in a Python function is not: interrupt it.
     """
     exercise = _find(name)
     if backend not in ("simulator", "gpu", "auto"):

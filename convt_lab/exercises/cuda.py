@@ -178,7 +178,7 @@ class _CudaExercise(Exercise):
     def shown_solution(self) -> str:
         """Show a diff, without what is far from the changes, or the whole text."""
         if self.whole:
-            return figures.Listing(self.whole.strip(), "cuda", self.name)._repr_markdown_()
+            return f"```cuda\n{self.whole.strip()}\n```"
         return _short_diff(self.start, self.solution)
 
     @abstractmethod
@@ -241,8 +241,10 @@ class _CudaExercise(Exercise):
         if not met:
             return self.failed(*note, *lines, report=reports[-1])
         if backend_named(backend).name == "gpu":
-            capability = torch.cuda.get_device_capability()
-            if capability < self.min_capability:
+            if (
+                torch.cuda.is_available()
+                and torch.cuda.get_device_capability() < self.min_capability
+            ):
                 needs = ".".join(map(str, self.min_capability))
                 lines.append(f"not run on this GPU: it takes compute capability {needs}")
             elif (wrong := self._check_on_gpu(text)) is not None:
