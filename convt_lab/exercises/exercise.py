@@ -132,7 +132,9 @@ class Hints:
         return f"<hints for {self.name}>"
 
     def _repr_markdown_(self) -> str:
-        return f":::{{admonition}} Hints\n:class: dropdown\n{self}\n:::"
+        # Each folded in the fold, so that the first does not give the others away.
+        folds = [f":::{{dropdown}} Hint {i}\n{text}\n:::" for i, text in enumerate(self.texts, 1)]
+        return "\n".join(["::::{admonition} Hints", ":class: dropdown", "", *folds, "::::"])
 
 
 @dataclass(frozen=True)
