@@ -304,6 +304,18 @@ def test_a_crash_is_told_with_its_line():
     assert "integer division by zero" in text_of(check("coalesced.2", zero))
 
 
+def test_a_launcher_without_end_or_with_a_crash_brings_nothing_down(monkeypatch):
+    fits = "if (floats <= SHARED_FLOATS) {"
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "HOST_SECONDS", 3.0)
+        result = text_of(check("shared_tiled.1", {fits: "if (floats < 0) {"}))
+    assert "The launcher 'shared_tiled' has not come to an end after 3 seconds" in result
+    result = text_of(check("shared_tiled.1", {fits: f"*(volatile int*)nullptr = 0;\n    {fits}"}))
+    assert "The launcher 'shared_tiled' crashes (SIGSEGV) before any kernel runs" in result
+    # What is only in order: the race is still there.
+    assert "race" in text_of(check("shared_tiled.1", {"CHUNK_CI = 16;": "CHUNK_CI = 8;"}))
+
+
 @pytest.mark.parametrize(
     ("name", "answer", "message"),
     [

@@ -70,8 +70,7 @@ def check(name: str, answer: Any, backend: str = "simulator") -> Result:
 
     Notes
     -----
-    A kernel that runs for ever is stopped. A loop without end in a launcher, which is host code, or
-    in a Python function is not: interrupt it.
+    A kernel or a launcher that runs for ever is stopped. A Python function is not: interrupt it.
     """
     exercise = _find(name)
     if backend not in ("simulator", "gpu", "auto"):

@@ -9,7 +9,11 @@ problem against the exercise's budgets. A GPU is asked only after the simulator 
 from __future__ import annotations
 
 import math
+import pickle
 import re
+import signal
+import subprocess
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +38,9 @@ __all__ = ["Budget", "KernelExercise", "Launch", "StageExercise"]
 
 #: Iterations of loops that a traced launch may take: many times what any exercise needs.
 MAX_STEPS = 20_000_000
+
+#: Seconds that the launchers may take for all problems, in a process of their own.
+HOST_SECONDS = 30.0
 
 #: Hazards that are told at once.
 MAX_HAZARDS = 3
@@ -193,6 +200,10 @@ class _CudaExercise(Exercise):
     def _wrong_signature(self, compiled: Any, text: str) -> str | None:
         """Say how the answer can't be called, or None."""
 
+    def _wrong_on_host(self, text: str) -> str | None:
+        """Say what is wrong with the answer's own code for the CPU, or None."""
+        return None
+
     @abstractmethod
     def _runs(self, compiled: Any) -> Iterator[_Run]:
         """Yield the problems."""
@@ -221,7 +232,7 @@ class _CudaExercise(Exercise):
             return self.failed(*note, str(error))
         except CompileError as error:
             return self.failed(*note, *_compiler_says(error, answer))
-        if wrong := self._wrong_signature(compiled, text):
+        if wrong := self._wrong_signature(compiled, text) or self._wrong_on_host(text):
             return self.failed(*note, wrong)
 
         reports = []
@@ -367,6 +378,16 @@ class _Answer(Stage):
         return self.text
 
 
+# Lets the launchers run, and no kernel.
+_TRY_LAUNCHERS = """
+import pickle, sys
+from convt_lab.exercises import cuda
+stage, text, problems = pickle.load(sys.stdin.buffer)
+for problem in problems:
+    cuda._Answer(stage, "", text=text).launches(problem)
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageExercise(_CudaExercise):
     """Change a stage's own file.
@@ -419,6 +440,33 @@ class StageExercise(_CudaExercise):
         if _types(_declaration(text, self.stage, "cudaError_t")) != _types(wanted):
             return f"The launcher must keep its parameters: {self.stage}({wanted})."
         return None
+
+    def _wrong_on_host(self, text: str) -> str | None:
+        """Try launchers that are not the start's where they can be ended, and bring nothing down.
+
+        On the simulator a launcher is code of this process: a loop in it that never ends could not
+        be interrupted, and a crash would be ours.
+        """
+        kernel = f"{self.stage}_kernel"
+        host, own = (t.replace(figures.listing(t, kernel).text, "") for t in (self.start, text))
+        if host == own:
+            return None
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _TRY_LAUNCHERS],
+                input=pickle.dumps((self.stage, str(text), self.problems)),
+                capture_output=True,
+                timeout=HOST_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return (
+                f"The launcher {self.stage!r} has not come to an end after {HOST_SECONDS:g} "
+                "seconds, with no kernel run: a loop in the code for the CPU runs for ever."
+            )
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            return f"The launcher {self.stage!r} crashes ({name}) before any kernel runs."
+        return None  # what it raises is told when it runs
 
     def _names(self, compiled: _Answer) -> Mapping[str, str]:
         return {}
