@@ -130,7 +130,6 @@ def _fmas_per_load(sites: Sequence[Site], report: Report) -> float:
 _QUANTITIES: dict[str, tuple[bool, Callable[[Sequence[Site], Report], float]]] = {
     "sectors per request": (True, _per_request("sectors")),
     "wavefronts per request": (True, _per_request("wavefronts")),
-    "lanes per request": (True, _per_request("active_lanes")),
     "requests": (True, _total("requests")),
     "FMAs per load": (True, _fmas_per_load),
     "FMAs": (False, lambda sites, report: report.fma),
