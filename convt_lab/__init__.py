@@ -4,6 +4,9 @@ Engineers import `conv_transpose2d` and `ConvTranspose2d`; learners use `stages`
 `Problem` and `reference`. Importing the package builds nothing and touches no GPU.
 """
 
+import importlib
+from types import ModuleType
+
 from convt_lab import reference
 from convt_lab.build import BuildError
 from convt_lab.dispatch import explain
@@ -27,8 +30,16 @@ __all__ = [
     "Stage",
     "compile",
     "conv_transpose2d",
+    "exercises",
     "explain",
     "reference",
     "replace_conv_transpose",
     "stages",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import the exercises when they are first asked for: the library alone needs none of them."""
+    if name == "exercises":
+        return importlib.import_module("convt_lab.exercises")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,7 +29,7 @@ from convt_lab.program import compile as compile_source
 from convt_lab.simulator.planning import Launch
 from convt_lab.simulator.report import Report
 
-__all__ = ["Kernel", "Stage", "fma_stages", "kernels", "stages"]
+__all__ = ["Call", "Kernel", "Stage", "fma_stages", "kernels", "stages"]
 
 Tensor = torch.Tensor | np.ndarray
 
@@ -254,7 +254,7 @@ class Kernel:
         TypeError
             If a dtype is not one of the kernel's or an argument has a wrong type.
         """
-        call = _Call(self, x, weight, bias, stride, padding, output_padding, groups, dilation)
+        call = Call(self, x, weight, bias, stride, padding, output_padding, groups, dilation)
         device = call.output.device
         if call.output.numel() > 0:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -292,7 +292,7 @@ class Kernel:
         """
         arrays = (("x", x), ("weight", weight), ("bias", bias))
         tensors = [None if t is None else _as_tensor(n, t, self.dtypes).cpu() for n, t in arrays]
-        call = _Call(self, *tensors, stride, padding, output_padding, groups, dilation)
+        call = Call(self, *tensors, stride, padding, output_padding, groups, dilation)
         if call.output.numel() == 0:
             raise ValueError("the output is empty: there is nothing to profile")
         return call.kernel.program("simulator").call(
@@ -355,7 +355,7 @@ class Stage(Kernel):
         return stages[names[index - 1]] if index else None
 
 
-class _Call:
+class Call:
     """The arguments of a kernel's call, checked, and the output to fill."""
 
     def __init__(self, kernel, x, weight, bias, stride, padding, output_padding, groups, dilation):

@@ -8,6 +8,7 @@ from strategies import inputs, problem_set
 
 import convt_lab as lab
 from convt_lab.backend import Array
+from convt_lab.simulator.tracing import step_limit
 from convt_lab.stages import fma_stages
 
 
@@ -84,6 +85,20 @@ BUGS = {
         }
         """,
         dict(block=64, args=[floats(64)], shared_bytes=128),
+    ),
+    "a word written while two warps read it": (
+        "race",
+        "tile",
+        """
+        __global__ void run(const float* x, float* y) {
+          __shared__ float tile[64];
+          tile[threadIdx.x] = x[threadIdx.x];
+          __syncthreads();
+          y[threadIdx.x] = tile[threadIdx.x % 32];
+          if (threadIdx.x == 33) tile[1] = 1.0f;  // here
+        }
+        """,
+        dict(block=64, args=[floats(64), floats(64)]),
     ),
     "a barrier that some threads skip": (
         "divergent_barrier",
@@ -260,6 +275,25 @@ def test_a_message_gives_an_example():
     )
 
 
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (
+            "a barrier after an early return",
+            "thread (50, 0, 0) of block (0, 0, 0) and thread (0, 0, 0) of its block do not reach",
+        ),
+        (
+            "a word written while two warps read it",
+            "thread (33, 0, 0) of block (0, 0, 0) and thread (1, 0, 0) of block (0, 0, 0) touch",
+        ),
+    ],
+)
+def test_the_message_names_two_threads(bug, message):
+    _, _, source, launch = BUGS[bug]
+    (hazard,) = hazards(source, **launch)
+    assert hazard.message.startswith(message)
+
+
 CORRECT = {
     "warp-synchronous exchange": (
         """
@@ -362,6 +396,23 @@ def test_a_kernel_that_never_ends_is_stopped(monkeypatch):
     with pytest.raises(lab.KernelError, match="more steps than it may") as caught:
         program.launch("run", 1, 1, [np.zeros(1, np.int32)], trace=True)
     assert caught.value.report.totals["global_load_requests"] > 1000
+
+
+def test_steps_are_counted_and_may_be_limited():
+    source = """
+    __global__ void run(float* y, int rounds) {
+      float sum = 0.0f;
+      for (int i = 0; i < rounds; ++i) sum += i;
+      y[threadIdx.x] = sum;
+    }
+    """
+    program = lab.compile(source, "simulator")
+    args = [floats(40), 25]
+    with step_limit(1000):
+        assert program.launch("run", 1, 40, args, trace=True).steps == 40 * 25
+    with step_limit(999), pytest.raises(lab.KernelError, match="more steps than it may"):
+        program.launch("run", 1, 40, args, trace=True)
+    assert program.launch("run", 1, 40, args, trace=True).to_dict()["steps"] == 1000
 
 
 def test_a_launch_begins_when_the_one_before_it_is_done():

@@ -24,7 +24,7 @@ from convt_lab.reference import (
     truncation_gate,
 )
 from convt_lab.split import FORMATS
-from convt_lab.stages import _Call, _ConvTransposeProblem, fma_stages, kernels
+from convt_lab.stages import Call, _ConvTransposeProblem, fma_stages, kernels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KERNELS = [name for name in kernels if name not in fma_stages]
@@ -561,7 +561,7 @@ class TestHoppersWeights:
         input channel], if groups have 16 input channels, which are one stage.
         """
         x = in_format(x, channels_last)
-        call = _Call(kernels[kernel], x, weight, None, *problem.arguments.values())
+        call = Call(kernels[kernel], x, weight, None, *problem.arguments.values())
         kernels[kernel].program("simulator").call(call.launcher, *call.launcher_arguments)
         (memory,) = (
             argument.owner

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from mutants.mutant import Edit, NotCaughtError, catch, check_unchanged, mutated
-from mutants.registry import KERNELS, MUTANTS, OPERATOR, STAGE, mutant
+from mutants.registry import EXERCISES, KERNELS, MUTANTS, OPERATOR, STAGE, mutant
 
 
 def cases(mutants):
@@ -35,7 +35,15 @@ class TestOperator:
         record_property("caught by", catch(one).tests)
 
 
-@pytest.mark.parametrize("mutants", [KERNELS, OPERATOR], ids=["kernels", "operator"])
+@pytest.mark.parametrize("one", cases(EXERCISES))
+class TestExercises:
+    def test_it_is_caught(self, one, record_property):
+        record_property("caught by", catch(one).tests)
+
+
+@pytest.mark.parametrize(
+    "mutants", [KERNELS, OPERATOR, EXERCISES], ids=["kernels", "operator", "exercises"]
+)
 class TestWithoutAChange:
     """A test that fails anyway catches nothing."""
 

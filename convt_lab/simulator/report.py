@@ -167,6 +167,8 @@ class Report:
         run, and every count is of the traced ones alone.
     source
         The kernel's text.
+    steps
+        Iterations of loops, summed over the threads.
     """
 
     sites: tuple[Site, ...]
@@ -179,6 +181,7 @@ class Report:
     grid_blocks: int
     source: str = field(repr=False)
     tensor_fma: int = 0
+    steps: int = 0
 
     @property
     def arithmetic_intensity(self) -> float:
@@ -228,6 +231,7 @@ class Report:
             "totals": dict(self.totals),
             "fma": self.fma,
             "tensor_fma": self.tensor_fma,
+            "steps": self.steps,
             "hazards": [asdict(hazard) for hazard in self.hazards],
             "buffers": {
                 use.name: {

@@ -777,6 +777,7 @@ void cudasim_trace_begin(const CudasimTrace* trace) {
 void cudasim_trace_end() { active_tracer.reset(); }
 std::uint64_t cudasim_trace_fma() { return active_tracer->fma(); }
 std::uint64_t cudasim_trace_tensor_fma() { return active_tracer->tensor_fma(); }
+std::uint64_t cudasim_trace_steps() { return active_tracer->steps(); }
 std::uint64_t cudasim_trace_blocks(std::uint64_t* of) {
   *of = active_tracer->grid_blocks();
   return active_tracer->blocks();

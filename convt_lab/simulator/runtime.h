@@ -125,6 +125,7 @@ void cudasim_trace_end();
 // What the trace holds; arrays live until cudasim_trace_end.
 std::uint64_t cudasim_trace_fma();
 std::uint64_t cudasim_trace_tensor_fma();
+std::uint64_t cudasim_trace_steps();
 std::uint64_t cudasim_trace_blocks(
     std::uint64_t* of);  // how many were run, of how many in the grid
 std::uint64_t cudasim_trace_footprint(std::size_t buffer);  // distinct sectors

@@ -115,9 +115,9 @@ class Tracer {
     if (barrier_site_ == 0) {
       barrier_site_ = site;
       barrier_index_ = index_;
-      if (exited_ >= 0) note_divergence(site);
+      if (exited_ >= 0) note_divergence(site, exited_index_);
     } else if (site != barrier_site_) {
-      note_divergence(site);
+      note_divergence(site, barrier_index_);
     }
   }
 
@@ -125,7 +125,7 @@ class Tracer {
     lane_ = nullptr;
     exited_ = thread_;
     exited_index_ = index_;
-    if (barrier_site_ != 0) note_divergence(barrier_site_);
+    if (barrier_site_ != 0) note_divergence(barrier_site_, barrier_index_);
     if (++warp_->finished == lanes_of(thread_ / kLanes)) close(*warp_);
   }
 
@@ -211,6 +211,7 @@ class Tracer {
 
   std::uint64_t fma() const { return fma_; }
   std::uint64_t tensor_fma() const { return tensor_fma_; }
+  std::uint64_t steps() const { return steps_; }
   std::uint64_t blocks() const { return block_serial_; }
   std::uint64_t grid_blocks() const {
     return static_cast<std::uint64_t>(grid_size_.x) * grid_size_.y * grid_size_.z;
@@ -376,6 +377,7 @@ class Tracer {
     std::uint32_t write_epoch = 0, write_clock = 0, read_epoch = 0, read_clock = 0;
     std::uint32_t block = 0;  // whose `written` mask this is
     std::int16_t writer = -1, reader = -1;
+    std::int16_t other_reader = -1;  // of another warp than `reader`, if there are many
     std::uint8_t write_mask = 0, read_mask = 0, written = 0;
     bool many_readers = false;
   };
@@ -461,9 +463,8 @@ class Tracer {
                         block_, index_, other_block, other_thread});
   }
 
-  void note_divergence(std::uint64_t site) {
-    note(CUDASIM_DIVERGENT_BARRIER, site, -1, 0, block_,
-         exited_ >= 0 ? exited_index_ : barrier_index_);
+  void note_divergence(std::uint64_t site, const CudasimIndex& other) {
+    note(CUDASIM_DIVERGENT_BARRIER, site, -1, 0, block_, other);
   }
 
   // Whether what `other` did at `clock` of its warp came before the current thread's present.
@@ -501,7 +502,9 @@ class Tracer {
                             (word.many_readers || word.reader != thread_) &&
                             (word.many_readers || !is_ordered(word.reader, word.read_clock));
       if (written_now || (op == kStore && read_now)) {
-        const int other = written_now ? word.writer : word.reader;
+        const bool own_warp = word.many_readers && word.reader / kLanes == thread_ / kLanes;
+        const int reader = own_warp ? word.other_reader : word.reader;
+        const int other = written_now ? word.writer : reader;
         note(CUDASIM_RACE, pc, index, state.start + at, block_, unravel(other, block_size_));
       }
       if (op == kStore) {
@@ -513,7 +516,9 @@ class Tracer {
         word.written |= mask;
       } else {
         const bool now = word.read_epoch == epoch_;
-        word.many_readers = now && (word.many_readers || word.reader / kLanes != thread_ / kLanes);
+        const bool by_two_warps = now && word.reader / kLanes != thread_ / kLanes;
+        if (by_two_warps) word.other_reader = word.reader;
+        word.many_readers = now && (word.many_readers || by_two_warps);
         word.read_mask = now ? word.read_mask | mask : mask;
         word.read_epoch = epoch_;
         word.read_clock = clock;

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,10 +20,23 @@ from convt_lab.backend import SOURCE_NAME, Array
 from convt_lab.simulator.report import BufferUse, Hazard, Report, Request, Site, totals_of
 from convt_lab.simulator.translate import mask_comments_and_strings
 
-__all__ = ["declare", "trace"]
+__all__ = ["declare", "step_limit", "trace"]
 
 #: Iterations of loops that all threads of a traced launch may take together: some minutes' worth.
 MAX_STEPS = 4_000_000_000
+
+_step_limit: ContextVar[int | None] = ContextVar("step_limit", default=None)
+
+
+@contextmanager
+def step_limit(steps: int) -> Iterator[None]:
+    """Let the launches that are traced in this context take `steps` iterations of loops at most."""
+    token = _step_limit.set(steps)
+    try:
+        yield
+    finally:
+        _step_limit.reset(token)
+
 
 _GLOBAL, _STATIC_SHARED, _DYNAMIC_SHARED = range(3)
 _OPERATIONS = ("", "load", "store", "atomic")
@@ -106,6 +120,7 @@ def declare(runtime: ctypes.CDLL) -> None:
     runtime.cudasim_trace_begin.argtypes = [ctypes.POINTER(_Trace)]
     runtime.cudasim_trace_fma.restype = u64
     runtime.cudasim_trace_tensor_fma.restype = u64
+    runtime.cudasim_trace_steps.restype = u64
     runtime.cudasim_trace_blocks.restype = u64
     runtime.cudasim_trace_blocks.argtypes = [ctypes.POINTER(u64)]
     runtime.cudasim_trace_footprint.restype = u64
@@ -147,7 +162,7 @@ def trace(
         len(table),
         (ctypes.c_uint64 * len(chosen))(*chosen),
         len(chosen),
-        MAX_STEPS,
+        MAX_STEPS if _step_limit.get() is None else _step_limit.get(),
     )
     runtime.cudasim_trace_begin(setup)
     try:
@@ -184,6 +199,7 @@ def _report(
         totals=MappingProxyType(totals_of(counted)),
         fma=runtime.cudasim_trace_fma(),
         tensor_fma=runtime.cudasim_trace_tensor_fma(),
+        steps=runtime.cudasim_trace_steps(),
         hazards=_merge(_hazard(hazard, lines, names) for hazard in hazards),
         buffers=MappingProxyType(
             {

@@ -833,4 +833,51 @@ OPERATOR = (
     ),
 )
 
-MUTANTS = (*KERNELS, *OPERATOR)
+# ---- Exercises ---------------------------------------------------------------------------------
+
+TOLD = "test_exercises.py::test_a_wrong_answer_is_told_what_is_wrong"
+
+EXERCISES = (
+    mutant(
+        "exercises-let-nan-pass",
+        "an output of NaN is taken for a right one",
+        "exercises/exercise.py",
+        "wrong = ~(np.abs(actual.astype(np.float64) - exact) <= allowed)",
+        "wrong = np.abs(actual.astype(np.float64) - exact) > allowed",
+        "test_exercises.py::test_nan_is_never_right",
+    ),
+    mutant(
+        "exercises-forget-budgets",
+        "an answer over its budget passes",
+        "exercises/cuda.py",
+        "                met = False\n",
+        "                pass\n",
+        f"{TOLD}[shared_tiled.2]",
+    ),
+    mutant(
+        "exercises-forgive-hazards",
+        "an answer that is right by luck passes",
+        "exercises/cuda.py",
+        'if not (h.kind == "uninitialised_read" and h.buffer in run.forgives)',
+        "if False",
+        f"{TOLD}[naive_gather.2]",
+    ),
+    mutant(
+        "exercises-count-another-parameter",
+        "a budget for a parameter that the answer calls otherwise counts nothing",
+        "exercises/cuda.py",
+        'buffer = names.get(self.buffer or "", self.buffer)',
+        "buffer = self.buffer",
+        "test_exercises.py::test_parameters_may_have_other_names",
+    ),
+    mutant(
+        "exercises-lines-of-the-whole-file",
+        "lines of a kernel that is handed in alone are those of the file it is put into",
+        "exercises/cuda.py",
+        '\\n#line 1 "kernel.cu"\\n{answer}',
+        "\\n{answer}",
+        "test_exercises.py::test_the_kernel_alone_is_enough_and_has_lines_of_its_own",
+    ),
+)
+
+MUTANTS = (*KERNELS, *OPERATOR, *EXERCISES)

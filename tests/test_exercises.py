@@ -1,0 +1,523 @@
+"""The exercises: solutions pass, wrong answers are told why, and the chapters have them all."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+import convt_lab as lab
+from convt_lab import figures
+from convt_lab.exercises import cuda
+from convt_lab.exercises.exercise import edited
+from convt_lab.program import compile as compile_source
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = lab.exercises.names
+
+each_exercise = pytest.mark.parametrize("name", NAMES)
+check, start, solution = lab.exercises.check, lab.exercises.start, lab.exercises.solution
+
+
+def changed(name: str, old: str, new: str) -> str:
+    return edited(solution(name).answer, {old: new})
+
+
+# A wrong answer for each exercise, and what the message must contain: a regular expression.
+WRONG = {
+    "scatter_reference.1": (
+        lambda size, kernel, stride, padding, dilation: size % stride,
+        r"size 9, kernel 1, stride 2, .* makes 5 of 9, and an output_padding of 1 leads to 10",
+    ),
+    "scatter_reference.2": (
+        changed("scatter_reference.2", "0 if common > 1 else kernel // step", "kernel // step"),
+        r"stride 2, kernel 1, dilation 2: yours says \(1, 1\); stamping ones counts 0 to 1",
+    ),
+    "scatter_reference.3": (
+        changed(
+            "scatter_reference.3",
+            "slice(h * stride, h * stride + span_h, dilation)",
+            "slice(h * stride + output_padding, h * stride + span_h + output_padding, dilation)",
+        ),
+        r"output_padding=2, dilation=1: the result\[0, 0, 0\] is 0 and should be",
+    ),
+    "naive_gather.1": (
+        changed("naive_gather.1", "oh = index / p.out_width % p", "oh = index / p.out_height % p"),
+        r"With input 5×3, .*: output\[0, 0, 9, 0\] is nan and .*NaN: .* write_conflict in line",
+    ),
+    "naive_gather.2": (
+        start("naive_gather.2"),
+        r"right values, but race in line 7: .* write_conflict in line 7: .* y\[i \* stride \+ k\]",
+    ),
+    "naive_gather.3": (
+        changed("naive_gather.3", "k += stride, --i", "k += stride"),
+        r"With 5 inputs, 3 taps, stride 1: y\[0\] is .* and should be .*; 7 of 7 values are wrong",
+    ),
+    "coalesced.1": ((1.25, 8), r"input: 1\.25 is right.*weight: 8 is wrong; .* counts fewer"),
+    "coalesced.2": (
+        {"dim3(TILE_H, TILE_W)": "dim3(TILE_W, TILE_H)"},
+        r"output\[0, 0, 8, 0\] is nan",
+    ),
+    "coalesced.3": (
+        changed("coalesced.3", "q >= stride || ", ""),
+        r"write_conflict in line 16: .* y\[o\] = sum;",
+    ),
+    "shared_tiled.1": (
+        {"  if (!inside) return;": "  __syncthreads();\n  if (!inside) return;"},
+        r"in_channels=20.*race in line \d+: .* 'shared' with no barrier between them",
+    ),
+    "shared_tiled.2": (
+        {"tile[TILE][TILE];": "tile[TILE][TILE + 2];"},
+        r"right values .* at most 1 wavefronts per request; yours: 2, line 14 .*tile\[thread",
+    ),
+    "shared_tiled.3": (
+        changed("shared_tiled.3", "  __syncthreads();\n", ""),
+        r"race in line \d+: .* of 'tile' with no barrier",
+    ),
+    "register_blocked.1": (
+        start("register_blocked.1"),
+        r"at most 2\.5 wavefronts per request; yours: [45][.\d]*, line \d+ .*load_part\(window",
+    ),
+    "register_blocked.2": (
+        changed("register_blocked.2", "window[j + TAPS - 1 - k]", "window[j + k]"),
+        r"With 2 inputs, 7 taps: y\[0\] is",
+    ),
+    "register_blocked.3": (
+        changed("register_blocked.3", "q < THREAD_CO && first_co + q < c_out", "q < THREAD_CO"),
+        r"out_of_bounds in line \d+: .* of 'y', which is outside it y\[\(first_co \+ q\)",
+    ),
+    "winograd.1": (
+        changed("winograd.1", "m1 - m2 + 2 * m3", "m1 + m2 + 2 * m3"),
+        r"y\[1\] is .*d\d g\d.* and should be d1 g0 \+ d2 g1 \+ d3 g2",
+    ),
+    "winograd.2": (
+        start("winograd.2"),
+        r"at most 3\.1 wavefronts per request; yours: 3\.36, line \d+ .*load_vector\(weights",
+    ),
+    "winograd.3": (
+        changed("winograd.3", "d[2] - d[1], even", "d[1] - d[2], even"),
+        r"With 1 channels, 4 inputs: y\[0\] is .* and should be",
+    ),
+    "tensor_core.1": (
+        lambda row, half: 8 * row + 4 * (half ^ row % 2),
+        r"shared stores: at most 4 wavefronts per request; yours: 8",
+    ),
+    "tensor_core.2": (
+        changed("tensor_core.2", "0x1000", "0x0FFF"),
+        r"halfway between two, of both signs: for the value 1\.00048828, .* and should be",
+    ),
+    "tensor_core.3": (
+        changed("tensor_core.3", "to_tf32(row[8 * depth]).bits", "to_tf32(row[4]).bits"),
+        r"With depth 8: c\[8, 0\] is .* and should be",
+    ),
+    "tensor_core_split.1": (
+        lambda values, round_tf32: (round_tf32(values), 0 * values),
+        r"is split into .* units of a float32's rounding are missing, and 2 may be",
+    ),
+    "tensor_core_split.2": (
+        changed("tensor_core_split.2", "-sum(pair)", "sum(pair)"),
+        r"at most 6 products; yours: 6 condition error at most 8; yours: [\d.]{4,}",
+    ),
+    "tensor_core_split.3": (
+        changed("tensor_core_split.3", "    mma<Tf32>(part, a_low, b_high);\n", ""),
+        r"With depth 8: c\[0, 0\] is .* and should be",
+    ),
+    "simulator.1": (
+        (2, 4, 6, 8, 10, 12, 14, 16),
+        r"stride 3: 6 is wrong; the simulator counts fewer",
+    ),
+    "simulator.2": (
+        {
+            "    __syncthreads();\n": "",
+            "    sum +=": "    __syncthreads();\n    __syncthreads();\n    sum +=",
+        },
+        r"race in line 5: .* tile\[threadIdx.x\] = x",
+    ),
+    "simulator.3": (
+        {"  if (threadIdx.x >= count) return;\n": ""},
+        r"With 3 rows of 50.* out_of_bounds in line 4: .* of 'x'",
+    ),
+}
+
+
+def text_of(result) -> str:
+    """What is printed, as one line."""
+    return " ".join(str(result).split())
+
+
+# --- every exercise -------------------------------------------------------------------------------
+
+
+def test_there_are_enough():
+    chapters = [name.rpartition(".")[0] for name in NAMES]
+    assert len(NAMES) >= 24
+    assert all(chapters.count(chapter) >= 3 for chapter in chapters)
+    assert set(WRONG) == set(NAMES)
+
+
+@each_exercise
+def test_the_solution_passes(name):
+    result = check(name, solution(name))
+    assert result.passed, result
+    assert str(result).startswith(f"{name}: right\n")
+
+
+@each_exercise
+def test_a_wrong_answer_is_told_what_is_wrong(name):
+    answer, message = WRONG[name]
+    result = check(name, answer)
+    assert result.passed is False
+    assert str(result).startswith(f"{name}: not yet\n")
+    assert re.search(message, text_of(result)), result
+
+
+@each_exercise
+def test_the_start_does_not_pass(name):
+    result = check(name, start(name))
+    assert not result.passed
+    if isinstance(start(name), str):
+        assert "This is the starting text, unchanged." in str(result)
+
+
+@each_exercise
+def test_hints_lead_on(name):
+    hints = str(lab.exercises.hints(name)).splitlines()
+    assert len(hints) >= 2
+    for number, text in enumerate(hints, 1):
+        assert text == f"{number}. {lab.exercises.hint(name, number)}"
+    with pytest.raises(ValueError, match=rf"number={len(hints) + 1}: {name} has hints 1 to"):
+        lab.exercises.hint(name, len(hints) + 1)
+
+
+@each_exercise
+def test_hints_and_reasons_hold_no_number_that_nothing_compares(name):
+    for text in (*lab.exercises.hints(name).texts, solution(name).why):
+        text = re.sub(r"`[^`]+`|\$[^$]+\$|(?:dilation|stride) \d", "…", text, flags=re.IGNORECASE)
+        assert not re.search(r"(?<!\w)\d", text)
+
+
+# --- what hints and reasons say -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        (
+            "simulator.2",  # two tiles in turn
+            {
+                "tile[64]": "tile[2][64]",
+                "tile[threadIdx.x] =": "tile[i % 2][threadIdx.x] =",
+                "sum += tile[": "sum += tile[i % 2][",
+            },
+        ),
+        (
+            "coalesced.2",  # any tile that is a whole number of warps wide
+            changed("coalesced.2", "TILE_H = 4;", "TILE_H = 8;").replace("W = 64;", "W = 32;"),
+        ),
+    ],
+)
+def test_another_answer_that_is_right(name, answer):
+    result = check(name, answer)
+    assert result.passed, result
+
+
+def test_a_single_piece_keeps_the_first_budget_and_not_the_second():
+    answer = changed("register_blocked.1", "THREAD_W = 12; ", "THREAD_W = 4; ")
+    first, second = re.findall(
+        r"(?:most|least) ([\d.]+) [^;]*; yours: ([\d.]+)",
+        text_of(check("register_blocked.1", answer)),
+    )
+    assert float(first[1]) <= float(first[0])
+    assert float(second[1]) < float(second[0])
+
+
+def test_words_between_the_products_of_winograd():
+    size, banks = figures.constants(
+        lab.stages["winograd"], "f23::KW * f23::BLOCK_CO", "32"
+    ).values()
+    for words in range(0, 2 * banks, 4):
+        pieces = {(start + i) % banks for start in (0, size + words) for i in range(4)}
+        assert (len(pieces) == 8) == (words % banks != 0)
+
+
+def test_how_many_loads_the_register_blocks_save():
+    def per_load(name: str, answer) -> float:
+        return float(re.search(r"FMAs per load; yours: ([\d.]+)", str(check(name, answer)))[1])
+
+    saved = {
+        name: per_load(name, solution(name)) / per_load(name, start(name))
+        for name in ("register_blocked.2", "register_blocked.3")
+    }
+    assert 3 < saved["register_blocked.2"] < 4
+    assert saved["register_blocked.3"] == 4
+
+
+# --- what is said of answers in CUDA --------------------------------------------------------------
+
+LOOP = "for (int ci = 0; ci < group_in; ++ci) {"
+
+
+def test_a_compiler_error_has_the_learners_line():
+    text = start("coalesced.2").replace("const int oh =", "const int oh_ =")
+    line = next(i for i, t in enumerate(text.splitlines(), 1) if "if (oh >=" in t)
+    result = text_of(check("coalesced.2", text))
+    assert f"The compiler refuses line {line}: 'oh' was not declared" in result
+    assert "if (oh >= p.out_height || ow >= p.out_width) return;" in result
+
+
+def test_the_kernel_alone_is_enough_and_has_lines_of_its_own():
+    kernel = figures.listing(str(start("naive_gather.1")), "naive_gather_kernel").text
+    whole = solution("naive_gather.1").answer
+    mended = figures.listing(whole, "naive_gather_kernel").text
+    assert "cudaError_t" not in mended
+    assert check("naive_gather.1", mended).passed
+    line = next(i for i, t in enumerate(kernel.splitlines(), 1) if "fmaf(" in t)
+    assert f"line {line} sum = fmaf(input" in text_of(check("naive_gather.1", kernel))
+    broken = kernel.replace("sum = fmaf(", "total = fmaf(")
+    assert f"refuses line {line}: 'total' was not declared" in text_of(
+        check("naive_gather.1", broken)
+    )
+
+
+def test_changes_of_the_start_are_an_answer():
+    old, new = "y[i * stride + k] +=", "y[i * stride + k] = y[i * stride + k] +"
+    assert "write_conflict in line 7" in text_of(check("naive_gather.2", {old: new}))
+    result = text_of(check("naive_gather.2", {"z[i]": "y[i]"}))
+    assert "does not fit: the text to replace must stand there once, not 0 times: z[i]" in result
+
+
+def test_a_loop_without_end_comes_to_one():
+    result = text_of(check("coalesced.2", {LOOP: LOOP + "\n for (;;) { if (sum > 1e9f) break; }"}))
+    assert "has not come to an end after 20,000,000 iterations" in result
+
+
+def test_a_crash_is_told_with_its_line():
+    text = start("coalesced.2").replace("fmaf(*x, *w, sum)", "fmaf(x[1 << 28], *w, sum)")
+    line = next(i for i, t in enumerate(text.splitlines(), 1) if "1 << 28" in t)
+    result = check("coalesced.2", text)
+    assert f"out_of_bounds in line {line}: thread (0, 0, 0)" in text_of(result)
+    assert result.report.hazards
+    zero = {"sum = fmaf(*x, *w, sum);": "sum += 100 / (static_cast<int>(sum) / 1000000);"}
+    assert "integer division by zero" in text_of(check("coalesced.2", zero))
+
+
+def test_a_launcher_without_end_or_with_a_crash_brings_nothing_down(monkeypatch):
+    fits = "if (floats <= SHARED_FLOATS) {"
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "HOST_SECONDS", 3.0)
+        result = text_of(check("shared_tiled.1", {fits: "if (floats < 0) {"}))
+    assert "The launcher 'shared_tiled' has not come to an end after 3 seconds" in result
+    result = text_of(check("shared_tiled.1", {fits: f"*(volatile int*)nullptr = 0;\n    {fits}"}))
+    assert "The launcher 'shared_tiled' crashes (SIGSEGV) before any kernel runs" in result
+    # What is only in order: the race is still there.
+    assert "race" in text_of(check("shared_tiled.1", {"CHUNK_CI = 16;": "CHUNK_CI = 8;"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        (
+            "coalesced.2",
+            3,
+            r"takes CUDA C\+\+ as a str, or a dict of changes .* this is of type int",
+        ),
+        ("coalesced.2", None, "this is of type NoneType"),
+        ("coalesced.2", "", "neither the launcher 'coalesced' nor the kernel 'coalesced_kernel'"),
+        (
+            "coalesced.2",
+            {"cudaStream_t stream) {": "cudaStream_t stream, int more) {"},
+            "The launcher must keep its parameters: coalesced.const float. input, .* stream.",
+        ),
+        (
+            "naive_gather.3",
+            {"int stride, int out_size": "int stride"},
+            "refuses line 4: 'out_size' was not declared",
+        ),
+        (
+            "naive_gather.3",
+            {"int out_size)": "int out_size, int more)"},
+            "must keep its parameters: gather_1d.const float. x, .* int out_size.",
+        ),
+        (
+            "naive_gather.3",
+            {"float* y,": "double* y,"},
+            "The check can't call it: .* 'y' points to f8; the array passed has dtype float32",
+        ),
+        ("naive_gather.3", {"gather_1d(": "gather("}, "no kernel 'gather_1d' .* it has 'gather'"),
+        ("naive_gather.3", "int x;", "it has none"),
+        ("coalesced.1", 1.25, "takes 2 numbers: sectors .* This is 1.25"),
+        ("coalesced.1", (1, "1"), "takes 2 numbers"),
+        ("coalesced.1", (1, float("nan")), "takes 2 numbers"),
+        ("scatter_reference.1", 0, "takes the function 'output_padding', .* this is of type int"),
+        ("scatter_reference.1", lambda size: 0, "calls output_padding.size, .* does not fit"),
+        ("scatter_reference.1", "def f(:", "Python refuses line 1"),
+        ("scatter_reference.1", "x = 1", "NameError: it defines no 'output_padding'"),
+        (
+            "scatter_reference.1",
+            lambda size, kernel, stride, padding, dilation: 1 // 0,
+            r"output_padding\(9, 1, 1, 0, 1\) raises ZeroDivisionError",
+        ),
+        ("scatter_reference.3", lambda *_: float("nan"), "the result has shape .. and should have"),
+        (
+            "tensor_core.1",
+            lambda row, half: 4 * half,
+            r"place\(1, 0\) is 0, and so is place\(0, 0\)",
+        ),
+        ("tensor_core.1", lambda row, half: row, r"place\(0, 1\) is 0|must be a multiple of 4"),
+        ("tensor_core_split.2", lambda parts: [(0, 3)], r"\(0, 3\) must be a pair of different"),
+        ("tensor_core_split.1", lambda v, r: (r(v),), "returns 1 parts and should return two"),
+        ("winograd.1", lambda d, g: [d[0] * d[1]] * 4, "raises TypeError"),
+    ],
+)
+def test_what_is_no_answer_is_told_and_not_raised(name, answer, message):
+    result = check(name, answer)
+    assert not result.passed
+    assert re.search(message, text_of(result)), result
+
+
+def test_nan_is_never_right():
+    text = solution("simulator.3").answer.replace("0.0f;", "NAN;")
+    result = text_of(check("simulator.3", text))
+    assert re.search(r"y\[0\] is nan and should be -?\d+; 3 of 3 values are wrong", result)
+
+
+def test_a_budget_is_judged_only_if_values_are_right_and_bounds_both_ways():
+    lazy = changed("winograd.3", "    m[3] = fmaf(d[1] - d[3], g[2], m[3]);\n", "")
+    assert "should be" in text_of(check("winograd.3", lazy))
+    unseen = re.sub(
+        r"m\[(\d)\] = fmaf\((.*), (.*), m\[\d\]\);",
+        r"m[\1] += (\2) * (\3);",
+        solution("winograd.3").answer,
+    )
+    result = text_of(check("winograd.3", unseen))
+    assert "at least 3,072 and at most 4,096 FMAs; yours: 0" in result
+
+
+def test_parameters_may_have_other_names():
+    text = start("coalesced.3").replace("* w", "* taps_").replace("w[k]", "taps_[k]")
+    result = text_of(check("coalesced.3", text))
+    assert re.search(r"loads of 'taps_': at most 48 requests; yours: 66, line 10", result)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A back end called gpu, which is the simulator; returns what changes the texts for it."""
+    change = []
+
+    def compiled(text, backend, name):
+        for old, new in change if backend == "gpu" else []:
+            text = edited(text, {old: new})
+        return compile_source(text, "simulator", name=name)
+
+    monkeypatch.setattr(cuda, "backend_named", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(cuda, "compile_source", compiled)
+    return change
+
+
+def test_what_the_simulator_finds_right_runs_on_the_gpu_too(pretended_gpu):
+    answer = solution("simulator.2")
+    assert "right values on the GPU, too" in str(check("simulator.2", answer, backend="gpu"))
+    pretended_gpu.append(("% 64]", "% 32]"))
+    result = check("simulator.2", answer, backend="gpu")
+    assert not result.passed
+    assert re.search(r"on the GPU, three rows, draw 0: y\[31\] is", text_of(result))
+    # A wrong answer is never launched there.
+    pretended_gpu.append(("no such text", ""))
+    assert "race" in str(check("simulator.2", start("simulator.2"), backend="gpu"))
+
+
+def test_a_gpu_that_lacks_the_instruction_is_not_asked(pretended_gpu):
+    pretended_gpu.append(("no such text", ""))
+    result = check("tensor_core.3", solution("tensor_core.3"), backend="gpu")
+    assert result.passed
+    assert "not run on this GPU: it takes compute capability 8.0" in str(result)
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    answer = edited(solution("simulator.2").answer, {"float sum": "// anew\n  float sum"})
+    with pytest.raises(lab.BuildError, match="torch sees no CUDA device"):
+        check("simulator.2", answer, backend="gpu")
+    assert "on the GPU" not in str(check("coalesced.1", (1.25, 1), backend="gpu"))
+
+
+@pytest.mark.gpu
+@each_exercise
+def test_the_solution_passes_on_a_gpu(name):
+    result = check(name, solution(name), backend="gpu")
+    assert result.passed, result
+
+
+def test_names_and_back_ends_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"name='coalesced.9': no such exercise; there are scatt"):
+        check("coalesced.9", "")
+    for function in (start, solution, lab.exercises.hint, lab.exercises.hints):
+        with pytest.raises(ValueError, match=r"there are .*simulator\.3"):
+            function("nothing")
+    with pytest.raises(ValueError, match="backend='cpu': must be"):
+        check("coalesced.2", "", backend="cpu")
+
+
+# --- the book -------------------------------------------------------------------------------------
+
+
+def cells() -> list[tuple[str, object]]:
+    return [
+        (path.stem, cell)
+        for path in sorted((ROOT / "book").glob("*.ipynb"))
+        for cell in nbformat.read(path, as_version=4).cells
+    ]
+
+
+@pytest.mark.parametrize("function", ["start", "check", "hints", "solution"])
+def test_chapters_and_registry_name_the_same_exercises(function):
+    named = [
+        (chapter, name)
+        for chapter, cell in cells()
+        if cell.cell_type == "code"
+        for name in re.findall(rf'exercises\.{function}\(\s*"([^"]+)"', cell.source)
+    ]
+    assert sorted({name for _, name in named}) == sorted(NAMES)
+    assert all(name.rpartition(".")[0] == chapter for chapter, name in named)
+
+
+@each_exercise
+def test_the_chapter_shows_a_start_that_fails_and_a_solution_that_passes(name):
+    outputs = {"check": "", "solution": ""}
+    for _, cell in cells():
+        if cell.cell_type != "code":
+            continue
+        for function in outputs:
+            if f'exercises.{function}("{name}"' in cell.source:
+                for output in cell.outputs:
+                    outputs[function] += "".join(output.get("data", {}).values())
+    assert f"{name}: not yet" in outputs["check"]
+    assert ":class: dropdown" in outputs["solution"]
+    assert f"{name}: right" in outputs["solution"]
+
+
+@pytest.mark.parametrize("name", ["naive_gather.3", "simulator.2"])
+def test_a_kernel_that_the_chapter_shows_is_the_start(name):
+    chapter = name.rpartition(".")[0]
+    typed = "\n".join(cell.source for at, cell in cells() if at == chapter)
+    assert start(name).strip() in typed
+
+
+def test_importing_the_library_imports_no_exercises():
+    code = (
+        "import sys, convt_lab as lab; assert 'convt_lab.exercises' not in sys.modules;"
+        "assert 'matplotlib' not in sys.modules; print(lab.exercises.names[0]);"
+        "assert 'matplotlib' not in sys.modules; assert 'exercises' in lab.__all__"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "scatter_reference.1\n"
