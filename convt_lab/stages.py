@@ -331,15 +331,15 @@ class Stage(Kernel):
         ValueError
             If no stage computes `dtype`.
         """
-        names = list(stages)
-        for name in names[names.index(self.name) :: -1]:
-            stage = stages[name]
+        stage: Stage | None = self
+        while stage is not None:
             if (
                 stage.supports(problem, dtype, channels_last and stage.takes_channels_last)
                 and (capability is None or stage.runs_on(capability))
                 and (dtype != torch.float32 or stage.precision in (self.precision, "float32"))
             ):
                 return stage
+            stage = stage.previous
         raise ValueError(f"{self.name}: no stage computes {problem} in {dtype}")
 
     @property

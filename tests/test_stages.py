@@ -1,5 +1,6 @@
 """Every stage against float64, on every legal kind of problem, on the simulator and on a GPU."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -479,3 +480,8 @@ class TestHandingDown:
         assert hopper.packed_bytes(problem) == 0
         report = hopper.profile(x, weight, bias, **problem.arguments)
         assert report.to_dict() == winograd.profile(x, weight, bias, **problem.arguments).to_dict()
+
+    def test_a_stage_that_is_no_rung_is_itself(self):
+        """One with a changed text keeps the name of the stage that it is made from."""
+        changed = dataclasses.replace(lab.stages["coalesced"], summary="mine")
+        assert changed.kernel_for(self.PROBLEMS[0]) is changed
