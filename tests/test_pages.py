@@ -727,7 +727,7 @@ def test_print_shows_the_last_stamp(page):
     open_stamps(page, "no-preference")
     page.evaluate(TO_STAMPS)
     wait_until(page, "document.querySelector('.stamping input').value == 1")
-    page.pdf()
+    page.pdf(60)
     shown = page.evaluate(STAMPED)
     check_stamped(shown, len(STAMPING.frames) - 1)
     assert shown["button"] == "Play"
