@@ -75,22 +75,16 @@ class Animation:
         return y
 
     def table(self) -> str:
-        """Return of each stamp where it lies and what it adds to, as text."""
-        rows = [("stamp", "input", "value", "rows", "columns", "adds to")]
-        for n, frame in enumerate(self.frames[1:], start=1):
-            spans = [sorted({place[axis] for place in frame.added}) for axis in (0, 1)]
-            sums = ", ".join(
-                f"{place}: {frame.sums[place] - frame.added[place]}+{frame.added[place]}"
-                for place in frame.met()
+        """Return of each output pixel what the stamps have added, in their order, as text."""
+        height, width = self.output_shape
+        rows = [("", *map(str, range(width)))]
+        for oh in range(height):
+            products = (
+                "+".join(str(f.added[oh, ow]) for f in self.frames if (oh, ow) in f.added) or "0"
+                for ow in range(width)
             )
-            rows.append(
-                (
-                    *(str(n), str(frame.pixel), str(self.x[frame.pixel])),
-                    *(f"{span[0]} to {span[-1]}" if span else "none" for span in spans),
-                    sums or "none",
-                )
-            )
-        return aligned(rows, left=(1, 3, 4, 5))
+            rows.append((str(oh), *products))
+        return aligned(rows)
 
     def _repr_html_(self) -> str:
         last = self.frames[-1]
@@ -108,7 +102,7 @@ class Animation:
                 "output",
                 self.output_shape,
                 {
-                    place: f"{value}<small>+{last.added[place]}</small>"
+                    place: f"{value}<br><small>+{last.added[place]}</small>"
                     if place in last.added
                     else str(value)
                     for place, value in last.sums.items()

@@ -54,17 +54,24 @@ def test_a_frame_holds_what_scatter_sums_of_the_pixels_so_far(problem):
 
 
 @each_problem
-def test_the_table_has_each_stamp_and_each_overlap(problem):
-    animation = figures_scatter.stamping(problem, *arrays(problem))
-    lines = animation.table().splitlines()[1:]
-    assert len(lines) == problem.height * problem.width
-    for n, (line, frame) in enumerate(zip(lines, animation.frames[1:], strict=True), start=1):
-        assert line.split()[0] == str(n)
-        sums = re.findall(r"\((\d+), (\d+)\): (\d+)\+(\d+)", line)
-        shown = {(int(oh), int(ow)): int(old) + int(new) for oh, ow, old, new in sums}
-        assert shown == {place: frame.sums[place] for place in frame.met()}
-        spans = [f"{min(o)} to {max(o)}" for o in zip(*frame.added, strict=True)]
-        assert all(span in line for span in spans)
+def test_the_table_has_each_product(problem):
+    x, weight = arrays(problem)
+    lines = figures_scatter.stamping(problem, x, weight).table().splitlines()
+    height, width = problem.output_shape[2:]
+    assert lines[0].split() == [str(ow) for ow in range(width)]
+    assert len(lines) == 1 + height
+    stamps = []
+    for pixel in np.ndindex(*x.shape):
+        alone = np.zeros_like(x)
+        alone[pixel] = x[pixel]
+        stamps.append(stamped(problem, alone, weight))
+    for oh, line in enumerate(lines[1:]):
+        first, *sums = line.split()
+        assert first == str(oh)
+        assert len(sums) == width
+        for ow, addends in enumerate(sums):
+            products = [stamp[oh, ow] for stamp in stamps if stamp[oh, ow]]
+            assert list(map(int, addends.split("+"))) == (products or [0])
 
 
 @each_problem

@@ -40,7 +40,7 @@
         cell.classList.toggle("is-new", i in added);
         cell.classList.toggle("is-sum", met.includes(i));
         cell.replaceChildren(sums[i] === null ? "" : String(sums[i]));
-        if (i in added) cell.append(element("small", {}, `+${added[i]}`));
+        if (i in added) cell.append(element("br"), element("small", {}, `+${added[i]}`));
       });
       words.textContent = said;
       slider.value = n;
