@@ -17,7 +17,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from convt_lab import Problem, ProblemError, reference
+from convt_lab import Problem, ProblemError, figures_scatter, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
@@ -143,7 +143,7 @@ CONTRASTS = """
 
 TEXTS = [
     *(f"main {tag}" for tag in ("p", "li", "td", "th", "dt", "h1", "h2")),
-    *("main a:not(.headerlink)", "main figcaption :not(.headerlink)", "#explorer *"),
+    *("main a:not(.headerlink)", "main figcaption :not(.headerlink)", "#explorer *", ".stamping *"),
     *("main div.highlight pre span", "main code span", "main .sd-summary-text"),
     ".bd-footer-content p",
 ]
@@ -615,3 +615,121 @@ def test_what_the_page_leaves_to_be_found_is_so():
         assert (len(inner) == 1) == (kernel % 2 == 0)
     axis = Problem(width=5, kernel_size=(1, 3), stride=2, dilation=3).axes[1]
     assert any(axis.taps(o) for o in range(1, axis.out_size, 2))
+
+
+# --- the animation --------------------------------------------------------------------------------
+
+STAMPING = figures_scatter.stamping(
+    Problem(height=2, width=3, kernel_size=3, stride=2),
+    np.arange(1, 7).reshape(2, 3),
+    np.arange(1, 10).reshape(3, 3),
+)
+
+STAMPED = """
+(() => {
+  const all = (grid, kind) =>
+    [...document.querySelectorAll(`.stamping [data-grid=${grid}] .stamping-cell`)]
+      .map((cell, i) => (cell.matches(kind) ? i : -1)).filter((i) => i >= 0);
+  return {
+    texts: [...document.querySelectorAll('.stamping [data-grid=output] .stamping-cell')].map(
+      (cell) => cell.textContent),
+    chosen: all('input', '.is-chosen'),
+    fresh: all('output', '.is-new'),
+    summed: all('output', '.is-sum'),
+    words: document.querySelector('.stamping-words').textContent,
+    slider: Number(document.querySelector('.stamping input').value),
+    spoken: document.querySelector('.stamping input').getAttribute('aria-valuetext'),
+    button: document.querySelector('.stamping button').textContent,
+  };
+})()
+"""
+
+# Goes to the animation, as a reader who scrolls does.
+TO_STAMPS = "document.querySelector('.stamping').scrollIntoView({ behavior: 'instant' })"
+
+
+def check_stamped(shown: dict, n: int) -> None:
+    """Compare what the page shows with the package's frame."""
+    frame = STAMPING.frames[n]
+    width = STAMPING.output_shape[1]
+    texts = [""] * np.prod(STAMPING.output_shape)
+    for (oh, ow), value in frame.sums.items():
+        texts[oh * width + ow] = str(value)
+    for (oh, ow), value in frame.added.items():
+        texts[oh * width + ow] += f"+{value}"
+    assert shown["texts"] == texts
+    assert shown["chosen"] == ([n - 1] if n else [])
+    assert shown["fresh"] == sorted(oh * width + ow for oh, ow in frame.added)
+    assert shown["summed"] == sorted(oh * width + ow for oh, ow in frame.met())
+    assert shown["words"] == shown["spoken"] == frame.words
+    assert shown["slider"] == n
+
+
+def open_stamps(page, motion: str) -> None:
+    """Load the chapter for a reader with this preference."""
+    preference = {"name": "prefers-reduced-motion", "value": motion}
+    page.send("Emulation.setEmulatedMedia", features=[preference])
+    page.go(url("book/scatter_reference"))
+
+
+def wait_until(page, condition: str, seconds: float = 20) -> None:
+    limit = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < limit, condition
+        time.sleep(0.05)
+
+
+def test_the_stamps_step_and_pause_by_keyboard(page):
+    open_stamps(page, "reduce")
+    last = len(STAMPING.frames) - 1
+    page.evaluate("document.querySelector('.stamping input').focus()")
+    steps = [("Home", 0), *(("ArrowRight", n) for n in range(1, last + 1)), ("ArrowLeft", last - 1)]
+    for key, n in [*steps, ("End", last), ("ArrowRight", last)]:
+        page.press(key)
+        check_stamped(page.evaluate(STAMPED), n)
+    page.press("Tab", shift=True)
+    assert page.evaluate("document.activeElement.matches('.stamping button')")
+    page.press(" ")
+    check_stamped(page.evaluate(STAMPED), 0)  # from the start, if it was at the end
+    assert page.evaluate(STAMPED)["button"] == "Pause"
+    wait_until(page, "document.querySelector('.stamping input').value == 2")
+    page.press(" ")
+    check_stamped(page.evaluate(STAMPED), 2)
+    assert page.evaluate(STAMPED)["button"] == "Play"
+    time.sleep(2)
+    check_stamped(page.evaluate(STAMPED), 2)
+    assert page.complaints() == []
+
+
+def test_the_stamps_play_once_by_themselves_when_they_come_into_view(page):
+    open_stamps(page, "no-preference")
+    last = len(STAMPING.frames) - 1
+    time.sleep(2)
+    check_stamped(page.evaluate(STAMPED), last)  # nobody sees it yet
+    page.evaluate(TO_STAMPS)
+    wait_until(page, "document.querySelector('.stamping input').value == 0")
+    assert page.evaluate(STAMPED)["button"] == "Pause"
+    wait_until(page, f"document.querySelector('.stamping input').value == {last}")
+    check_stamped(page.evaluate(STAMPED), last)
+    time.sleep(2)
+    assert page.evaluate(STAMPED)["button"] == "Play"
+    check_stamped(page.evaluate(STAMPED), last)
+
+
+def test_the_stamps_rest_for_a_reader_who_prefers_reduced_motion(page):
+    open_stamps(page, "reduce")
+    page.evaluate(TO_STAMPS)
+    time.sleep(2)
+    check_stamped(page.evaluate(STAMPED), len(STAMPING.frames) - 1)
+
+
+def test_print_shows_the_last_stamp(page):
+    open_stamps(page, "no-preference")
+    page.evaluate(TO_STAMPS)
+    wait_until(page, "document.querySelector('.stamping input').value == 1")
+    page.pdf(60)
+    shown = page.evaluate(STAMPED)
+    check_stamped(shown, len(STAMPING.frames) - 1)
+    assert shown["button"] == "Play"
+    page.send("Emulation.setEmulatedMedia", media="print")
+    assert not page.evaluate("document.querySelector('.stamping button').checkVisibility()")

@@ -815,10 +815,14 @@ def test_every_number_has_a_source(page):
 @each_chapter
 def test_every_picture_has_a_text_and_a_caption(page):
     for cell in cells(page):
-        outputs = cell.get("outputs", [])
-        if any("image/png" in output.get("data", {}) for output in outputs):
+        shapes = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
+        if {"image/png", "text/html"} & shapes:
             shown = cell.metadata.get("mystnb", {})
-            assert len(shown.get("image", {}).get("alt", "")) > 40, cell.source
+            text = shown.get("image", {}).get("alt", "")
+            if "text/html" in shapes:  # which says it itself
+                (output,) = cell.outputs
+                text = re.search(r'aria-label="([^"]*)"', output.data["text/html"])[1]
+            assert len(text) > 40, cell.source
             assert shown["figure"]["caption"]
             assert f"{{numref}}`{shown['figure']['name']}`" in "".join(
                 c.source for c in cells(page) if c.cell_type == "markdown"

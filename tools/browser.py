@@ -254,8 +254,8 @@ class Page:
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def press(self, key: str, *, control: bool = False, shift: bool = False) -> None:
-        """Press and let go a key that types nothing: an arrow, Home, Tab."""
-        codes = {"Tab": 9, "End": 35, "Home": 36}
+        """Press and let go a key: an arrow, Home, Tab, the space bar on a button."""
+        codes = {"Tab": 9, " ": 32, "End": 35, "Home": 36}
         codes |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
         for kind in ("rawKeyDown", "keyUp"):
             self.send(
