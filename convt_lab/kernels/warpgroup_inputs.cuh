@@ -387,7 +387,7 @@ __device__ __forceinline__ void copy_inputs(const Shared<M>& shared,
   Barriers& barriers = *shared.barriers;
   const int group_in = p.in_channels / p.groups;
   const int plane = p.height * p.width;
-  const int octets = plan.octets(), count = octets * plan.region;
+  const int octets = plan.octets();
   const int octet = thread % octets;
   const int step = CONVERTERS / octets;
   const uint32_t to = address_of(shared.inputs) + octet * plan.region * 16;
