@@ -2,9 +2,9 @@
 
 Four parts: the GPU's ceilings; every stage that multiplies with FMA units and PyTorch's operator on
 a set of shapes; how time and memory grow with the batch, the image, the channels and the kernel;
-and the operator, whose kernels all others are, against PyTorch's own (`convt_lab.operator_bench`),
-which has a record of its own. What a number means and how it is kept is told by
-`convt_lab.records`, how it is timed by `convt_lab.measure`.
+and the operator, with the other kernels, against PyTorch's own (`convt_lab.operator_bench`), which
+has a record of its own. What a number means and how it is kept is told by `convt_lab.records`, how
+it is timed by `convt_lab.measure`.
 
 Nothing is timed that was not judged against float64 first. All that needs a GPU comes in through
 `Instruments` and `Workload`, so that the order and the judging can be tried without one.

@@ -19,6 +19,7 @@ nothing was read.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,10 +36,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from convt_lab import records  # noqa: E402
-from convt_lab.bench import Instruments, _current_gpu, cudnn_at_its_best  # noqa: E402
+from convt_lab.bench import Instruments, _current_gpu, converted, cudnn_at_its_best  # noqa: E402
 from convt_lab.ladder import exact, judge, poisoned  # noqa: E402
 from convt_lab.measure import SUSTAINED_SECONDS, sustained_time  # noqa: E402
 from convt_lab.problem import Problem  # noqa: E402
+from convt_lab.reference import float32_gate  # noqa: E402
 from convt_lab.stages import kernels  # noqa: E402
 from convt_lab.tasks import Task, cold_times, with_best_choice  # noqa: E402
 
@@ -48,8 +50,6 @@ PROBLEMS = ("star", "classic")
 KINDS = ("normal", "positive", "lognormal", "channels")
 
 PYTORCH = "pytorch"
-
-_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,6 @@ def measure(problem: Problem, tools: Instruments, seed: int = 0) -> dict[str, An
     """
     found = ways()
     errors: dict[str, dict[str, dict[str, float]]] = {way.name: {} for way in found}
-    gate = 0.0
     for kind in KINDS:
         inputs = drawn(problem, kind, seed, tools.device)
         truth = exact(*inputs, **problem.arguments)
@@ -147,7 +146,6 @@ def measure(problem: Problem, tools: Instruments, seed: int = 0) -> dict[str, An
                 "relative_l2": records.rounded(result.relative_l2, 4),
                 "condition": records.rounded(result.condition, 4),
             }
-            gate = result.gate
         del truth
     inputs = drawn(problem, "normal", seed, tools.device)
     tasks = {way.name: Task(way.name, _call(way, problem, inputs), way.settings) for way in found}
@@ -164,12 +162,13 @@ def measure(problem: Problem, tools: Instruments, seed: int = 0) -> dict[str, An
         for task in tasks.values():
             if task.thread:
                 task.thread.close()
-    return {"problem": asdict(problem), "gate": records.rounded(gate, 4), "rows": rows}
+    gate = records.rounded(float32_gate(math.prod(problem.output_shape)), 4)
+    return {"problem": asdict(problem), "gate": gate, "rows": rows}
 
 
 def _call(way: Way, problem: Problem, inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
-    form = dict(dtype=getattr(torch, way.dtype), memory_format=_FORMATS[way.memory_format])
-    return partial(way.function, *(t.to(**form) for t in inputs), **problem.arguments)
+    data = converted((*inputs, None), way.dtype, way.memory_format)
+    return partial(way.function, *data, **problem.arguments)
 
 
 def _row(way: Way, task: Task, cold: Any, errors: Any, tools: Instruments) -> dict[str, Any]:

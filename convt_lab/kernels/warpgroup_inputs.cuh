@@ -223,6 +223,8 @@ __device__ __forceinline__ void find_places(int* places, const Task& task, int f
   }
 }
 
+constexpr int MEETING = 1;  // barrier of the converters
+
 // Of a stage's largest input: then its scale is found anew.
 constexpr float TOO_LARGE = 0x1p15f, TOO_SMALL = 0x1p8f;
 
@@ -235,7 +237,6 @@ __device__ __forceinline__ void bring_inputs(const Shared<M>& shared,
                                              const Axis& rows, const Axis& columns, int thread) {
   using T = typename M::Value;
   using Octets = Unit<M, READING>;
-  constexpr int MEETING = 1;  // barrier of the converters
   constexpr int SIZE = Octets::SIZE;
   // As many as there are registers for, of which a single value takes one.
   constexpr int DEPTH = (M::PARTS == 2 ? 16 : 32) / (SIZE * OCTET) *
@@ -383,7 +384,6 @@ __device__ __forceinline__ void copy_inputs(const Shared<M>& shared,
                                             const ConvTransposeProblem& p, const Plan& plan,
                                             const Axis& rows, const Axis& columns, int thread) {
   using T = typename M::Value;
-  constexpr int MEETING = 1;  // barrier of the converters
   Barriers& barriers = *shared.barriers;
   const int group_in = p.in_channels / p.groups;
   const int plane = p.height * p.width;
