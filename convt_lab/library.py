@@ -19,7 +19,13 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from convt_lab.plan import Plan, plan_for
 
-__all__ = ["DirectFunction", "TransformableFunction", "cast_for_autocast", "torch_operator"]
+__all__ = [
+    "DirectFunction",
+    "TransformableFunction",
+    "cast_for_autocast",
+    "convolution_backward",
+    "torch_operator",
+]
 
 Tensor = torch.Tensor
 Pair = tuple[int, int]
@@ -85,7 +91,7 @@ torch.library.register_fake("convt_lab::conv_transpose2d", _pytorchs, lib=_libra
 # ---- Gradients ---------------------------------------------------------------------------------
 
 
-def _convolution_backward(
+def convolution_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -125,7 +131,7 @@ class DirectFunction(torch.autograd.Function):
         """Return the gradients of input, weight and bias."""
         input, weight = ctx.saved_tensors
         problem = ctx.problem
-        gradients = _convolution_backward(
+        gradients = convolution_backward(
             grad_output,
             input,
             weight,
@@ -160,7 +166,7 @@ class TransformableFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         """Return the gradients of input, weight and bias."""
-        gradients = _convolution_backward(
+        gradients = convolution_backward(
             grad_output,
             *ctx.saved_tensors,
             ctx.out_channels,
