@@ -53,12 +53,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from convt_lab.library import cast_for_autocast, convolution_backward
 from convt_lab.operator import conv_transpose2d
 from convt_lab.problem import Problem, ProblemError
 
-__all__ = ["ExchangeError", "RowPlan", "conv_transpose2d_rows"]
+__all__ = ["ExchangeError", "RowPlan", "conv_transpose2d_dtensor", "conv_transpose2d_rows"]
 
 Tensor = torch.Tensor
 
@@ -117,8 +119,6 @@ class RowPlan:
             else min(max(has.start * rows.stride - rows.padding, 0), rows.out_size)
             for has in input_rows
         ]
-        # What padding leaves above the first row belongs to the first rank that has one.
-        starts = [0 if has.start == 0 else start for has, start in zip(input_rows, starts)]
         ends = [*starts[1:], rows.out_size]
         return cls(problem, input_rows, tuple(map(range, starts, ends)))
 
@@ -601,3 +601,230 @@ def _gathered_heights(
                 )
         heights.append(values[-1])
     return heights
+
+
+# ---- DTensors ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How one axis of a mesh of ranks shares the work: the placements of all tensors.
+
+    `input`, `weight` and `bias` are what the local call needs, `output` is what it returns, and
+    the others are what its gradients are.
+    """
+
+    output: Placement
+    input: Placement
+    weight: Placement
+    bias: Placement
+    grad_input: Placement
+    grad_weight: Placement
+    grad_bias: Placement
+
+
+_whole, _sum = Replicate(), Partial()
+_SPLITS = {
+    "nothing": _Split(_whole, _whole, _whole, _whole, _whole, _whole, _whole),
+    "images": _Split(Shard(0), Shard(0), _whole, _whole, Shard(0), _sum, _sum),
+    "rows": _Split(Shard(2), Shard(2), _whole, _whole, Shard(2), _sum, _sum),
+    # The bias counts on the first rank only, and so does its gradient.
+    "input channels": _Split(_sum, Shard(1), Shard(0), _whole, Shard(1), Shard(0), _sum),
+    "output channels": _Split(Shard(1), _whole, Shard(1), Shard(0), _sum, Shard(1), Shard(0)),
+    "groups": _Split(Shard(1), Shard(1), Shard(0), Shard(0), Shard(1), Shard(0), Shard(0)),
+}
+
+
+def conv_transpose2d_dtensor(
+    input: DTensor,
+    weight: DTensor,
+    bias: DTensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> DTensor:
+    """Compute a transposed convolution of DTensors, as `convt_lab.conv_transpose2d` does with them.
+
+    Along each axis of the mesh, the placements of input and weight decide what is split:
+
+    - input ``Shard(0)``: images;
+    - input ``Shard(2)``: rows, whose overlaps are exchanged (`conv_transpose2d_rows`);
+    - input ``Shard(1)``, or weight ``Shard(0)`` with a whole input: input channels, the output
+      being ``Partial()``; with groups that divide evenly, groups;
+    - weight ``Shard(1)`` with a whole input: output channels.
+
+    What does not fit is redistributed first: ``Partial()`` inputs are summed, and a weight sharded
+    in another way (as FSDP does) is gathered.
+
+    Parameters
+    ----------
+    input
+        [N, C_in, H, W] or [C_in, H, W].
+    weight, bias, stride, padding, output_padding, groups, dilation
+        As in `convt_lab.conv_transpose2d`; tensors are DTensors on the input's mesh.
+
+    Returns
+    -------
+    DTensor
+        [N, C_out, OH, OW], or [C_out, OH, OW].
+
+    Raises
+    ------
+    TypeError
+        If a tensor is no DTensor.
+    ValueError
+        If the meshes differ, the columns are split, the rows are split along two axes of the mesh,
+        or this rank's rows are not what ``Shard(2)`` gives it.
+    ProblemError
+        If the arguments describe no legal problem.
+    ExchangeError
+        If another rank dies, fails or is later than the group's timeout, while rows are exchanged.
+    """
+    mesh = _common_mesh(input, weight, bias)
+    if input.dim() == 3:
+        return conv_transpose2d_dtensor(
+            input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation
+        ).squeeze(0)
+    problem = Problem.from_shapes(
+        input.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
+    )
+    names = _splits_for(input, weight, problem)
+    splits = [_SPLITS[name] for name in names]
+
+    def local(tensor: DTensor, name: str) -> Tensor:
+        placements = [getattr(split, name) for split in splits]
+        grad_placements = [getattr(split, f"grad_{name}") for split in splits]
+        moved = tensor.redistribute(placements=placements)
+        return moved.to_local(grad_placements=grad_placements)
+
+    tensors = [local(input, "input"), local(weight, "weight")]
+    tensors.append(None if bias is None else local(bias, "bias"))
+    if bias is not None and not _is_first(mesh, names, "input channels"):
+        # Not left out: each rank takes part in the sum that the bias's gradient is.
+        tensors[2] = torch.where(torch.zeros_like(tensors[2], dtype=torch.bool), tensors[2], 0)
+    for axis, name in enumerate(names):
+        if name == "groups":
+            groups //= mesh.size(axis)
+    arguments = (stride, padding, output_padding, groups, dilation)
+    meta = F.conv_transpose2d(
+        torch.empty_strided(input.shape, input.stride(), dtype=input.dtype, device="meta"),
+        torch.empty_strided(weight.shape, weight.stride(), dtype=input.dtype, device="meta"),
+        None,
+        *(problem.arguments.values()),
+    )
+    output = _local_call(tensors, problem, arguments, mesh, names)
+    return DTensor.from_local(
+        output,
+        mesh,
+        [split.output for split in splits],
+        run_check=False,
+        shape=meta.shape,
+        stride=meta.stride(),
+    )
+
+
+def _common_mesh(input: Tensor, weight: Tensor, bias: Tensor | None) -> DeviceMesh:
+    tensors = {"input": input, "weight": weight, "bias": bias}
+    for name, tensor in tensors.items():
+        if not (isinstance(tensor, DTensor) or (tensor is None and name == "bias")):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}, and another argument is a DTensor: {name} "
+                "must be one too (torch.distributed.tensor.distribute_tensor makes one)"
+            )
+    mesh = input.device_mesh
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device_mesh != mesh:
+            raise ValueError(
+                f"{name} is on the mesh {tensor.device_mesh}: it must be on the input's, {mesh}"
+            )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"input is on the mesh {mesh}, which this rank is no part of")
+    return mesh
+
+
+def _splits_for(input: DTensor, weight: DTensor, problem: Problem) -> list[str]:
+    """Name what each axis of the mesh splits."""
+    names = []
+    groups = problem.groups
+    for axis, (of_input, of_weight) in enumerate(
+        zip(input.placements, weight.placements, strict=True)
+    ):
+        ranks = input.device_mesh.size(axis)
+        splits_channels = of_input.is_shard(1) or (
+            of_weight.is_shard(0) and not of_input.is_shard()
+        )
+        if of_input.is_shard(0):
+            name = "images"
+        elif of_input.is_shard(2):
+            name = "rows"
+        elif of_input.is_shard(3):
+            raise ValueError(
+                f"input has the placements {input.placements}: its columns can't be split; "
+                "redistribute it to Shard(2), its rows"
+            )
+        elif problem.groups == 1 and splits_channels:
+            name = "input channels"
+        elif problem.groups > 1 and splits_channels and groups % ranks == 0:
+            name = "groups"
+            groups //= ranks
+        elif problem.groups == 1 and of_weight.is_shard(1):
+            name = "output channels"
+        else:
+            name = "nothing"
+        names.append(name)
+    if names.count("rows") > 1:
+        raise ValueError(
+            f"input has the placements {input.placements}: one axis of the mesh can split the "
+            "rows, not two"
+        )
+    return names
+
+
+def _is_first(mesh: DeviceMesh, names: Sequence[str], name: str) -> bool:
+    """Whether this rank is the first along all axes of the mesh that split `name`."""
+    coordinates = zip(mesh.get_coordinate(), names, strict=True)
+    return all(coordinate == 0 for coordinate, split in coordinates if split == name)
+
+
+def _local_call(
+    tensors: list[Tensor | None],
+    problem: Problem,
+    arguments: tuple,
+    mesh: DeviceMesh,
+    names: Sequence[str],
+) -> Tensor:
+    """Compute this rank's part; it may have no channels, or no rows."""
+    input, weight, bias = tensors
+    groups = arguments[3]
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        rows = problem.out_height
+        if "rows" in names:
+            axis = names.index("rows")
+            rows = len(_chunks(rows, mesh.size(axis))[mesh.get_local_rank(axis)])
+        shape = (input.shape[0], weight.shape[1] * groups, rows, problem.out_width)
+        # The sums are zero. They tie the output to all tensors, so that each gets a gradient.
+        output = input.new_zeros(shape) + (input[:, :0].sum() + weight.sum())
+        return output if bias is None else output + bias[:, None, None]
+    if "rows" not in names:
+        return conv_transpose2d(input, weight, bias, *arguments)
+    axis = names.index("rows")
+    plan = RowPlan.for_chunks(
+        _problem(input, weight, bias, problem.height, arguments), mesh.size(axis)
+    )
+    rank = mesh.get_local_rank(axis)
+    if input.shape[2] != len(plan.input_rows[rank]):
+        raise ValueError(
+            f"input has {input.shape[2]} rows on rank {rank} of its mesh's axis {axis}: Shard(2) "
+            f"of {problem.height} rows gives it {len(plan.input_rows[rank])} (uneven rows can be "
+            "split by conv_transpose2d_rows)"
+        )
+    return _RowsFunction.apply(input, weight, bias, plan, mesh.get_group(axis), None)

@@ -1,9 +1,9 @@
 """The operator for engineers: `conv_transpose2d` in PyTorch's place.
 
 On a CUDA GPU a call runs on the kernel that `convt_lab.dispatch` chooses for it, which may be
-PyTorch's own; PyTorch's own backward gives the gradients. Whatever else a call may be (other
-devices and dtypes, subclasses of tensors) is handed to PyTorch, as is everything whose kernel can't
-be built here.
+PyTorch's own; PyTorch's own backward gives the gradients. DTensors go to `convt_lab.distributed`.
+Whatever else a call may be (other devices and dtypes, other subclasses of tensors) is handed to
+PyTorch, as is everything whose kernel can't be built here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from convt_lab.library import (
     DirectFunction,
     TransformableFunction,
     cast_for_autocast,
+    has_dtensor,
     torch_operator,
 )
 from convt_lab.plan import DTYPES, has_kernels, plan_for
@@ -94,6 +95,12 @@ def conv_transpose2d(
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not _may_be_ours(input, weight, bias):
+        if has_dtensor(input, weight, bias):
+            from convt_lab.distributed import conv_transpose2d_dtensor
+
+            return conv_transpose2d_dtensor(
+                input, weight, bias, stride, padding, output_padding, groups, dilation
+            )
         return _pytorchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if input.dim() == 3:
         return conv_transpose2d(
