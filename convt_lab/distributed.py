@@ -828,3 +828,13 @@ def _local_call(
             "split by conv_transpose2d_rows)"
         )
     return _RowsFunction.apply(input, weight, bias, plan, mesh.get_group(axis), None)
+
+
+def _dispatched(mode: Any, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None):
+    """Serve the bare operator where autograd is not in the way, as in inference mode."""
+    return conv_transpose2d_dtensor(*args, **(kwargs or {}))
+
+
+# Not torch.distributed.tensor.experimental.register_sharding: such a rule can't send rows, and
+# torch 2.13 keeps its outcome without a look at stride, padding and dilation, which are lists.
+torch.library.register_torch_dispatch("convt_lab::conv_transpose2d", DTensor, _dispatched)

@@ -96,9 +96,7 @@ def conv_transpose2d(
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not _may_be_ours(input, weight, bias):
         if has_dtensor(input, weight, bias):
-            from convt_lab.distributed import conv_transpose2d_dtensor
-
-            return conv_transpose2d_dtensor(
+            return _on_dtensors(
                 input, weight, bias, stride, padding, output_padding, groups, dilation
             )
         return _pytorchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -177,6 +175,8 @@ def _traced(
     dilation: Any,
 ) -> torch.Tensor:
     """Call what a compiler shall see. Sizes may be symbols, so nothing asks for their values."""
+    if has_dtensor(input, weight, bias):
+        return _on_dtensors(input, weight, bias, stride, padding, output_padding, groups, dilation)
     # Not is_exporting(): torch 2.11's compiler takes that to be always true.
     if (
         torch.compiler._is_exporting_flag
@@ -199,6 +199,14 @@ def _traced(
         _pair(dilation),
     )
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+@torch.compiler.disable
+def _on_dtensors(*arguments: Any) -> torch.Tensor:
+    """Split the work among ranks, outside of what a compiler sees: it may send rows."""
+    from convt_lab.distributed import conv_transpose2d_dtensor
+
+    return conv_transpose2d_dtensor(*arguments)
 
 
 def _pair(value: Any) -> Any:
