@@ -154,11 +154,12 @@ class RowPlan:
         """Return the rows of the output that one rank computes and another owns."""
         return _common(self.added_to(source), self.output_rows[destination])
 
-    def bytes_sent(self, rank: int, element_size: int = 4) -> int:
-        """Return how many bytes `rank` sends in one forward pass."""
+    def bytes_sent(self, rank: int, element_size: int = 4, backward: bool = False) -> int:
+        """Return how many bytes `rank` sends in a forward pass, or in a backward pass."""
         batch, channels, _, width = self.problem.output_shape
+        others = [other for other in range(len(self.input_rows)) if other != rank]
         rows = sum(
-            len(self.sent(rank, other)) for other in range(len(self.input_rows)) if other != rank
+            len(self.sent(other, rank) if backward else self.sent(rank, other)) for other in others
         )
         return batch * channels * rows * width * element_size
 

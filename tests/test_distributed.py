@@ -100,6 +100,43 @@ def test_a_rank_that_is_late_ends_the_others(tmp_path):
     assert "in 1.5 s: that rank has died or failed, is late" in outcomes["a_rank_is_late"]
 
 
+class TestTheExample:
+    def run(self, *arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        script = Path(__file__).parents[1] / "examples" / "distributed.py"
+        return subprocess.run(
+            [*command, "--nproc-per-node", "2", str(script), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+
+    def test_it_checks_itself_and_counts_bytes(self):
+        done = self.run("--height=13", "--width=12", "--channels=6", "--steps=1", "--stride=2")
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows, images, channels = (
+            [
+                line.split()
+                for line in done.stdout.splitlines()
+                if line.startswith(f"{split} ") and "rank" in line
+            ]
+            for split in ("rows", "images", "channels")
+        )
+        assert [len(rows), len(images), len(channels)] == [2, 2, 2]
+        # One row of 2 images, 6 channels and (12 - 1) * 2 + 7 columns, and its gradient back.
+        assert [line[-2] for line in rows] == [f"{2 * 6 * 29 * 4:,}"] * 2
+        assert [line[-2] for line in images + channels] == ["0"] * 4
+        # The gradients of weight and bias; and of all the input.
+        assert [line[-1] for line in rows + images] == [f"{(6 * 6 * 3 * 7 + 6) * 4:,}"] * 4
+        assert [line[-1] for line in channels] == [f"{2 * 6 * 13 * 12 * 4:,}"] * 2
+
+    def test_wrong_arguments_end_it(self):
+        done = self.run("--height=0")
+        assert done.returncode != 0
+        assert "--height=0: it must be at least 1" in done.stderr
+
+
 def test_without_a_group_the_error_says_what_to_call():
     x = lab.Problem(batch=1, in_channels=1, out_channels=1, height=2, width=2).random_inputs()
     with pytest.raises(
@@ -129,6 +166,7 @@ class TestRowPlan:
         assert [len(plan.sent(0, 2)), len(plan.sent(1, 0)), len(plan.sent(2, 1))] == [0, 0, 0]
         sent = problem.out_width * overlap * 4
         assert [plan.bytes_sent(rank) for rank in range(3)] == [sent, sent, 0]
+        assert [plan.bytes_sent(rank, backward=True) for rank in range(3)] == [0, sent, sent]
 
     @pytest.mark.parametrize("heights", [[5], [2, 3], [0, 5, 0], [1, 0, 4], [0, 0, 0, 0, 5]])
     @pytest.mark.parametrize("padding", [0, 1, 3])
