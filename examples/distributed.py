@@ -89,7 +89,7 @@ def main() -> None:
         raise SystemExit(1)
 
 
-# ---- Three ways to split: what to run, each result's part of the whole, and the bytes -------------
+# ---- Three ways to split: what to run, which part of the whole each result is, the bytes ---------
 
 
 def by_rows(problem: lab.Problem, tensors: Tensors, grad_output: torch.Tensor) -> tuple:

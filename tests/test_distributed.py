@@ -101,19 +101,18 @@ def test_a_rank_that_is_late_ends_the_others(tmp_path):
 
 
 class TestTheExample:
-    def run(self, *arguments):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = Path(__file__).parents[1] / "examples" / "distributed.py"
+    script = str(Path(__file__).parents[1] / "examples" / "distributed.py")
+
+    def run(self, *command):
         return subprocess.run(
-            [*command, "--nproc-per-node", "2", str(script), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
+            [sys.executable, *command], capture_output=True, text=True, timeout=90, check=False
         )
 
     def test_it_checks_itself_and_counts_bytes(self):
-        done = self.run("--height=13", "--width=12", "--channels=6", "--steps=1", "--stride=2")
+        done = self.run(
+            *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", self.script),
+            *("--height=13", "--width=12", "--channels=6", "--steps=1", "--stride=2"),
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         rows, images, channels = (
             [
@@ -131,10 +130,14 @@ class TestTheExample:
         assert [line[-1] for line in rows + images] == [f"{(6 * 6 * 3 * 7 + 6) * 4:,}"] * 4
         assert [line[-1] for line in channels] == [f"{2 * 6 * 13 * 12 * 4:,}"] * 2
 
-    def test_wrong_arguments_end_it(self):
-        done = self.run("--height=0")
-        assert done.returncode != 0
-        assert "--height=0: it must be at least 1" in done.stderr
+    @pytest.mark.parametrize(
+        ("arguments", "error"),
+        [(["--height=0"], "--height=0: it must be at least 1"), ([], "start it with torchrun")],
+    )
+    def test_it_says_what_is_wrong(self, arguments, error):
+        done = self.run(self.script, *arguments)
+        assert done.returncode == 2
+        assert error in done.stderr
 
 
 def test_without_a_group_the_error_says_what_to_call():
