@@ -377,18 +377,21 @@ class _RowsFunction(torch.autograd.Function):
         own = plan.output_rows[rank]
         batch, channels, _, width = problem.output_shape
         needed = ctx.needs_input_grad[:2]
-        grad_input = torch.zeros_like(input) if needed[0] else None
-        grad_weight = torch.zeros_like(weight) if needed[1] else None
+        grad_input = grad_weight = None
 
         def add(rows: range, grad_rows: Tensor) -> None:
+            nonlocal grad_input, grad_weight
             piece = _Piece.of(plan, rank, rows)
             if not piece.inputs:
                 return
             of_input, of_weight = piece.differentiate(grad_rows, input, weight, problem, needed)
-            if of_input is not None:
+            if grad_input is None and len(piece.inputs) == input.shape[2]:
+                grad_input = of_input
+            elif needed[0]:
+                grad_input = torch.zeros_like(input) if grad_input is None else grad_input
                 _slice(grad_input, piece.inputs).add_(of_input)
-            if of_weight is not None:
-                grad_weight.add_(of_weight)
+            if needed[1]:
+                grad_weight = of_weight if grad_weight is None else grad_weight + of_weight
 
         if any(needed):
             exchange = _Exchange(
@@ -406,6 +409,11 @@ class _RowsFunction(torch.autograd.Function):
             add(own, grad_output)
             for other, received in exchange.wait().items():
                 add(plan.sent(rank, other), received)
+        # A rank without rows has no part in them, nor has one all of whose products are cropped.
+        if needed[0] and grad_input is None:
+            grad_input = torch.zeros_like(input)
+        if needed[1] and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         grad_bias = grad_output.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None
 
@@ -420,6 +428,7 @@ def _messages(
     return [(other, rows) for other, rows in pairs if rows]
 
 
+@torch.compiler.disable  # a compiler would take the order of messages for its own to choose
 def conv_transpose2d_rows(
     input: Tensor,
     weight: Tensor,
@@ -486,12 +495,7 @@ def conv_transpose2d_rows(
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError(f"group={group!r} must be a group that this process belongs to")
-    tensors = [
-        cast_for_autocast(t, input.device.type)
-        if torch.is_autocast_enabled(input.device.type)
-        else t
-        for t in (input, weight, bias)
-    ]
+    tensors = _cast((input, weight, bias))
     arguments = (stride, padding, output_padding, groups, dilation)
     if heights is None:
         # The whole height is not known yet: check all else, with one that padding can't use up.
@@ -503,6 +507,14 @@ def conv_transpose2d_rows(
         heights = _checked_heights(heights, input.shape[2], rank, ranks)
     plan = RowPlan.for_heights(_problem(*tensors, sum(heights), arguments), heights)
     return _RowsFunction.apply(*tensors, plan, group, timeout)
+
+
+def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Cast for autocast before anything is sent, so that messages have the output's dtype."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    return [cast_for_autocast(tensor, device_type) for tensor in tensors]
 
 
 def _problem(
@@ -684,6 +696,7 @@ def conv_transpose2d_dtensor(
         If another rank dies, fails or is later than the group's timeout, while rows are exchanged.
     """
     mesh = _common_mesh(input, weight, bias)
+    input, weight, bias = _cast((input, weight, bias))
     if input.dim() == 3:
         return conv_transpose2d_dtensor(
             input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation

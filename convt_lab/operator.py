@@ -83,6 +83,8 @@ def conv_transpose2d(
     deterministic. float32 is computed with TF32 only if ``torch.backends.cudnn`` allows that for
     convolutions (``conv.fp32_precision``, or ``allow_tf32``).
 
+    DTensors may be split by images, rows, channels or groups; `convt_lab.distributed` says how.
+
     ``torch.compile`` sees the operator ``torch.ops.convt_lab.conv_transpose2d``. ``torch.export``
     and ``torch.jit.trace`` see PyTorch's own, so that what they write runs without this package.
 

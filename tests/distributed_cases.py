@@ -198,6 +198,19 @@ def rows_under_autocast():
 
 
 @case
+def rows_in_a_compiled_function():
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    (x, weight, _), output, _, _ = drawn((2, 4, 3 * ranks, 5), (4, 3, 3, 3), False, {})
+
+    @torch.compile(backend="eager")
+    def doubled(rows):
+        return conv_transpose2d_rows(rows * 2, weight, heights=[3] * ranks)
+
+    rows = doubled(x[:, :, 3 * rank : 3 * rank + 3])
+    assert_close(rows, 2 * output[:, :, 3 * rank : 3 * rank + rows.shape[2]])
+
+
+@case
 def rows_travel_while_the_interior_is_computed():
     """Look at the order of things, forward and backward, and count the bytes."""
     events = []
@@ -417,6 +430,27 @@ def dtensors_where_autograd_is_off():
     with torch.no_grad():
         alone = lab.conv_transpose2d(x[0], weight, stride=2)
         assert_close(alone.full_tensor(), output[0])
+
+
+@case
+def dtensors_under_autocast():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    tensors, output, grad_output, gradients = drawn(
+        (2, 4, 6, 5), (4, 3, 3, 3), True, {"stride": 2}, torch.float32
+    )
+    for placement in (Shard(0), Shard(1), Shard(2)):
+        leaves = [
+            distribute_tensor(t, mesh, [p]).requires_grad_()
+            for t, p in zip(tensors, (placement, Replicate(), Replicate()), strict=True)
+        ]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = lab.conv_transpose2d(*leaves, stride=2)
+        assert actual.dtype is torch.bfloat16
+        assert_close(actual.full_tensor().float(), output, 0.05)
+        actual.float().backward(distribute_tensor(grad_output, mesh, [Replicate()]))
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            assert leaf.grad.dtype is torch.float32
+            assert_close(leaf.grad.full_tensor(), gradient, 0.05)
 
 
 @case

@@ -59,7 +59,7 @@ def run_world(ranks, folder, names, limit):
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
 def world(request, tmp_path_factory):
     return run_world(request.param, tmp_path_factory.mktemp("world"), list(CASES), LIMIT)
 
