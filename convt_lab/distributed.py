@@ -428,7 +428,7 @@ def _messages(
     return [(other, rows) for other, rows in pairs if rows]
 
 
-@torch.compiler.disable  # a compiler would take the order of messages for its own to choose
+@torch.compiler.disable  # which rows are sent, and when, is decided here
 def conv_transpose2d_rows(
     input: Tensor,
     weight: Tensor,
@@ -648,6 +648,7 @@ _SPLITS = {
 }
 
 
+@torch.compiler.disable
 def conv_transpose2d_dtensor(
     input: DTensor,
     weight: DTensor,

@@ -203,9 +203,8 @@ def _traced(
     return output.squeeze(0) if input.dim() == 3 else output
 
 
-@torch.compiler.disable
 def _on_dtensors(*arguments: Any) -> torch.Tensor:
-    """Split the work among ranks, outside of what a compiler sees: it may send rows."""
+    # What it needs of PyTorch takes longer to import than all of this package.
     from convt_lab.distributed import conv_transpose2d_dtensor
 
     return conv_transpose2d_dtensor(*arguments)

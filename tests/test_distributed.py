@@ -148,6 +148,19 @@ def test_without_a_group_the_error_says_what_to_call():
         conv_transpose2d_rows(*x)
 
 
+def test_importing_the_package_imports_nothing_of_this():
+    """It would take ten times as long."""
+    script = (
+        "import sys, torch; before = set(sys.modules); import convt_lab; "
+        "print(*[name for name in set(sys.modules) - before if name.startswith('torch.dist') "
+        "or name.startswith('torch._dynamo') or name == 'convt_lab.distributed'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == []
+
+
 class TestRowPlan:
     @pytest.mark.parametrize("stride", [1, 2, 3])
     @pytest.mark.parametrize("dilation", [1, 2])
