@@ -323,8 +323,12 @@ class _Exchange:
         return ExchangeError(
             f"rank {dist.get_rank(self.group)} of {dist.get_world_size(self.group)} could not "
             f"{what}{limit}: that rank has died or failed, is late, or made another call "
-            f"({dist.get_backend(self.group)}: {str(error).splitlines()[0]})"
+            f"({dist.get_backend(self.group)}: {_first_line(error)})"
         )
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _wait(work: dist.Work, timeout: datetime.timedelta | None) -> None:
@@ -598,7 +602,7 @@ def _gathered_heights(
         raise ExchangeError(
             f"rank {dist.get_rank(group)} of {len(everyones)} could not learn the other ranks' "
             "heights: a rank has died or failed, or is late "
-            f"({dist.get_backend(group)}: {str(error).splitlines()[0]})"
+            f"({dist.get_backend(group)}: {_first_line(error)})"
         ) from error
     heights = []
     for values in (everyone.tolist() for everyone in everyones):
@@ -670,7 +674,7 @@ def conv_transpose2d_dtensor(
     - weight ``Shard(1)`` with a whole input: output channels.
 
     What does not fit is redistributed first: ``Partial()`` inputs are summed, and a weight sharded
-    in another way (as FSDP does) is gathered.
+    in another way (as FSDP does) is gathered. Where rows are split, gradients are of first order.
 
     Parameters
     ----------
