@@ -1,9 +1,9 @@
 """The operator for engineers: `conv_transpose2d` in PyTorch's place.
 
 On a CUDA GPU a call runs on the kernel that `convt_lab.dispatch` chooses for it, which may be
-PyTorch's own; PyTorch's own backward gives the gradients. Whatever else a call may be (other
-devices and dtypes, subclasses of tensors) is handed to PyTorch, as is everything whose kernel can't
-be built here.
+PyTorch's own; PyTorch's own backward gives the gradients. DTensors go to `convt_lab.distributed`.
+Whatever else a call may be (other devices and dtypes, other subclasses of tensors) is handed to
+PyTorch, as is everything whose kernel can't be built here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from convt_lab.library import (
     DirectFunction,
     TransformableFunction,
     cast_for_autocast,
+    has_dtensor,
     torch_operator,
 )
 from convt_lab.plan import DTYPES, has_kernels, plan_for
@@ -82,6 +83,8 @@ def conv_transpose2d(
     deterministic. float32 is computed with TF32 only if ``torch.backends.cudnn`` allows that for
     convolutions (``conv.fp32_precision``, or ``allow_tf32``).
 
+    DTensors may be split by images, rows, channels or groups; `convt_lab.distributed` says how.
+
     ``torch.compile`` sees the operator ``torch.ops.convt_lab.conv_transpose2d``. ``torch.export``
     and ``torch.jit.trace`` see PyTorch's own, so that what they write runs without this package.
 
@@ -94,6 +97,10 @@ def conv_transpose2d(
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not _may_be_ours(input, weight, bias):
+        if has_dtensor(input, weight, bias):
+            return _on_dtensors(
+                input, weight, bias, stride, padding, output_padding, groups, dilation
+            )
         return _pytorchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if input.dim() == 3:
         return conv_transpose2d(
@@ -170,6 +177,8 @@ def _traced(
     dilation: Any,
 ) -> torch.Tensor:
     """Call what a compiler shall see. Sizes may be symbols, so nothing asks for their values."""
+    if has_dtensor(input, weight, bias):
+        return _on_dtensors(input, weight, bias, stride, padding, output_padding, groups, dilation)
     # Not is_exporting(): torch 2.11's compiler takes that to be always true.
     if (
         torch.compiler._is_exporting_flag
@@ -192,6 +201,13 @@ def _traced(
         _pair(dilation),
     )
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+def _on_dtensors(*arguments: Any) -> torch.Tensor:
+    # What it needs of PyTorch takes longer to import than all of this package.
+    from convt_lab.distributed import conv_transpose2d_dtensor
+
+    return conv_transpose2d_dtensor(*arguments)
 
 
 def _pair(value: Any) -> Any:
