@@ -57,7 +57,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from convt_lab.library import cast_for_autocast, convolution_backward
-from convt_lab.operator import conv_transpose2d
+from convt_lab.operator import conv_transpose2d, conv_transpose2d_between
 from convt_lab.problem import Problem, ProblemError
 
 __all__ = ["ExchangeError", "RowPlan", "conv_transpose2d_dtensor", "conv_transpose2d_rows"]
@@ -219,18 +219,19 @@ class _Piece:
     ) -> Tensor:
         """Return [N, C_out, len(wanted), OW], in memory of its own."""
         batch, channels, _, width = problem.output_shape
+        dense, covered = torch.contiguous_format, None
         if self.inputs:
-            block = conv_transpose2d(
-                _slice(input, self.inputs), weight, bias, **_whole_rows(problem)
+            covered = conv_transpose2d_between(
+                _slice(input, self.inputs),
+                weight,
+                bias,
+                tuple(_whole_rows(problem).values()),
+                self.covered.start - self.block.start,
+                self.block.stop - self.covered.stop,
             )
-            if self.block == self.wanted:
-                return block
-            dense = torch.channels_last if _is_channels_last(block) else torch.contiguous_format
-            covered = _slice(block, self.covered, self.block.start)
             if self.covered == self.wanted:
-                return covered.contiguous(memory_format=dense)
-        else:
-            dense, covered = torch.contiguous_format, None
+                return covered
+            dense = torch.channels_last if _is_channels_last(covered) else dense
         shape = (batch, channels, len(self.wanted), width)
         rows = input.new_zeros(shape).contiguous(memory_format=dense)
         if bias is not None:

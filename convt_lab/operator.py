@@ -23,7 +23,7 @@ from convt_lab.library import (
 from convt_lab.plan import DTYPES, has_kernels, plan_for
 from convt_lab.problem import Problem, ProblemError
 
-__all__ = ["conv_transpose2d"]
+__all__ = ["conv_transpose2d", "conv_transpose2d_between"]
 
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -126,6 +126,46 @@ def conv_transpose2d(
     ):
         return DirectFunction.apply(*tensors, plan)
     return plan(*tensors)
+
+
+def conv_transpose2d_between(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arguments: tuple,
+    above: int,
+    below: int,
+) -> torch.Tensor:
+    """Compute an output without its first and last rows, in memory of its own.
+
+    There is no autograd and no autocast in it, nor are the tensors DTensors.
+
+    Parameters
+    ----------
+    input, weight, bias
+        As in `conv_transpose2d`, batched.
+    arguments
+        stride, padding, output_padding, groups and dilation, as pairs; padding[0] and
+        output_padding[0] are 0.
+    above, below
+        How many rows are left out at the start and at the end, at least 0; at least one is left.
+    """
+    stride, padding, output_padding, groups, dilation = arguments
+    if _may_be_ours(input, weight, bias) and torch._C._len_torch_dispatch_stack() == 0:
+        cropped = (stride, (above, padding[1]), output_padding, groups, dilation)
+        try:
+            plan = plan_for(input, weight, bias, *cropped, cropped_rows=below - above)
+        except ProblemError:
+            plan = None  # padding crops at the end, too, and more than there is
+        if plan is not None and not plan.is_pytorchs:
+            return plan(input, weight, bias)
+    output = conv_transpose2d(input, weight, bias, *arguments)
+    if not above and not below:
+        return output
+    is_last = not output.is_contiguous() and output.is_contiguous(memory_format=torch.channels_last)
+    return output[:, :, above : output.shape[2] - below].contiguous(
+        memory_format=torch.channels_last if is_last else torch.contiguous_format
+    )
 
 
 def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -1,8 +1,9 @@
 """What the ranks of `test_distributed` run: each case on all ranks, compared with one process.
 
-``python distributed_cases.py RANK RANKS FOLDER NAME...`` is one rank. It runs the cases NAME in
-order and writes into FOLDER what became of each. It stops at the first that fails, because the
-ranks are no longer in step then.
+``python distributed_cases.py DEVICE RANK RANKS FOLDER NAME...`` is one rank, on the CPU and
+connected by gloo if DEVICE is ``cpu``, on a GPU of its own and connected by NCCL if it is ``cuda``.
+It runs the cases NAME in order and writes into FOLDER what became of each. It stops at the first
+that fails, because the ranks are no longer in step then.
 """
 
 import datetime
@@ -35,6 +36,9 @@ from convt_lab.distributed import ExchangeError, RowPlan, conv_transpose2d_rows
 
 #: Seconds until a rank gives up on another, in all cases but those that measure it.
 PATIENCE = 60
+
+#: Where all tensors are: ``cpu`` or ``cuda``.
+DEVICE = "cpu"
 
 CASES = {}
 
@@ -162,6 +166,30 @@ def rows_in_float32():
 
 
 @case
+def rows_by_kernels_of_ours():
+    """On GPUs: kernels that crop the rows themselves, in float32."""
+    ranks = dist.get_world_size()
+    torch.manual_seed(8)
+    for arguments in (dict(), dict(stride=2, padding=1), dict(dilation=2, groups=2)):
+        x, weight, bias = torch.randn(2, 32, 5 * ranks, 40), torch.randn(32, 24, 3, 7), None
+        if arguments.get("groups") != 2:
+            bias = torch.randn(24)
+        expected = F.conv_transpose2d(
+            x.double(), weight.double(), None if bias is None else bias.double(), **arguments
+        )
+        heights = [5] * ranks
+        problem = lab.Problem.from_shapes(
+            x.shape, weight.shape, None if bias is None else bias.shape, **arguments
+        )
+        plan = RowPlan.for_heights(problem, heights)
+        has, owns = (rows[dist.get_rank()] for rows in (plan.input_rows, plan.output_rows))
+        rows = conv_transpose2d_rows(
+            x[:, :, has.start : has.stop], weight, bias, **arguments, heights=heights
+        )
+        assert_close(rows.double(), expected[:, :, owns.start : owns.stop], 1e-5)
+
+
+@case
 def rows_in_channels_last():
     rank, ranks = dist.get_rank(), dist.get_world_size()
     (x, weight, _), output, _, _ = drawn((2, 4, 3 * ranks, 5), (4, 3, 3, 3), False, {})
@@ -191,7 +219,7 @@ def rows_under_autocast():
     (x, weight, bias), output, _, _ = drawn(
         (2, 4, 3 * ranks, 5), (4, 3, 3, 3), True, {}, torch.float32
     )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         rows = conv_transpose2d_rows(x[:, :, 3 * rank : 3 * rank + 3], weight, bias)
     assert rows.dtype is torch.bfloat16
     assert_close(rows.float(), output[:, :, 3 * rank : 3 * rank + rows.shape[2]], 0.05)
@@ -337,7 +365,7 @@ def check_dtensors(
 
 @case
 def dtensors_of_every_placement():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     placements = [Replicate(), Shard(0), Shard(1), Shard(2)]
     cases = itertools.product(placements, placements, (1, 2, 4), (True, False))
     for i, (of_input, of_weight, groups, bare) in enumerate(cases):
@@ -358,7 +386,7 @@ def dtensors_of_every_placement():
 
 @case
 def dtensors_on_more_ranks_than_there_is_to_split():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     whole = [Replicate()]
     for stride, dilation in itertools.product((1, 2, 3), (1, 2)):
         arguments = dict(stride=stride, dilation=dilation)
@@ -375,7 +403,7 @@ def dtensors_on_more_ranks_than_there_is_to_split():
 @case
 def dtensors_send_nothing_where_nothing_need_be_sent():
     """The output stays as split as the table in the module says."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     ranks = dist.get_world_size()
     whole = [Replicate()]
     for of_input, of_weight, of_bias, groups, expected in (
@@ -394,7 +422,7 @@ def dtensors_send_nothing_where_nothing_need_be_sent():
 @case
 def dtensors_on_a_mesh_of_two_axes():
     ranks = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (ranks // 2, 2))
+    mesh = init_device_mesh(DEVICE, (ranks // 2, 2))
     whole = Replicate()
     for of_input, of_weight in (
         ([Shard(0), Shard(2)], [whole, whole]),
@@ -420,7 +448,7 @@ def dtensors_on_a_mesh_of_two_axes():
 
 @case
 def dtensors_where_autograd_is_off():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     (x, weight, _), output, _, _ = drawn((2, 4, 6, 5), (4, 3, 3, 3), False, {"stride": 2})
     x, weight = distribute_tensor(x, mesh, [Shard(2)]), distribute_tensor(weight, mesh, [Shard(0)])
     with torch.inference_mode():
@@ -434,7 +462,7 @@ def dtensors_where_autograd_is_off():
 
 @case
 def dtensors_under_autocast():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     tensors, output, grad_output, gradients = drawn(
         (2, 4, 6, 5), (4, 3, 3, 3), True, {"stride": 2}, torch.float32
     )
@@ -443,7 +471,7 @@ def dtensors_under_autocast():
             distribute_tensor(t, mesh, [p]).requires_grad_()
             for t, p in zip(tensors, (placement, Replicate(), Replicate()), strict=True)
         ]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = lab.conv_transpose2d(*leaves, stride=2)
         assert actual.dtype is torch.bfloat16
         assert_close(actual.full_tensor().float(), output, 0.05)
@@ -455,7 +483,7 @@ def dtensors_under_autocast():
 
 @case
 def dtensors_in_the_layer_under_a_compiler():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     torch.manual_seed(3)
     layer = lab.ConvTranspose2d(4, 3, 3, stride=2).double()
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
@@ -468,7 +496,7 @@ def dtensors_in_the_layer_under_a_compiler():
 @case
 def wrong_dtensors():
     ranks = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh(DEVICE, (ranks,))
     x, weight = torch.ones(2, 2, 5, 4), torch.ones(2, 2, 3, 3)
     whole = distribute_tensor(weight, mesh, [Replicate()])
     call = lab.conv_transpose2d
@@ -487,7 +515,7 @@ def wrong_dtensors():
     )
     told = error_of(ValueError, call, uneven, whole)
     assert "uneven rows can be split by conv_transpose2d_rows" in told, told
-    plane = init_device_mesh("cpu", (ranks // 2, 2))
+    plane = init_device_mesh(DEVICE, (ranks // 2, 2))
     told = error_of(ValueError, call, distribute_tensor(x, plane, [Shard(0)] * 2), whole)
     assert "weight is on the mesh" in told, told
     twice = distribute_tensor(x, plane, [Shard(2)] * 2)
@@ -549,7 +577,7 @@ def data_parallel_training():
 
 @case
 def fully_sharded_training():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
 
     def parallelize(layers):
         for layer in layers:
@@ -603,10 +631,17 @@ FATAL_CASES = {
 }
 
 
-def main(rank, ranks, folder, names):
-    torch.set_num_threads(1)
+def main(device, rank, ranks, folder, names):
+    global DEVICE
+    DEVICE = device
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(torch.device(device, rank))
+        torch.backends.cudnn.allow_tf32 = False
+    else:
+        torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        "nccl" if device == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
@@ -627,4 +662,4 @@ def main(rank, ranks, folder, names):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])

@@ -1,7 +1,7 @@
 """Several ranks give what one process gives, and end together.
 
-The ranks are processes on the CPU, connected by gloo. Each world starts once and runs all of
-`distributed_cases`.
+The ranks are processes on the CPU, connected by gloo, and on GPUs, connected by NCCL. Each world
+starts once and runs all of `distributed_cases`.
 """
 
 import json
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from distributed_cases import CASES
 
 import convt_lab as lab
@@ -20,13 +21,14 @@ from convt_lab.distributed import RowPlan, conv_transpose2d_rows
 LIMIT = 300
 
 
-def run_world(ranks, folder, names, limit):
+def run_world(ranks, folder, names, limit, device="cpu"):
     """Run cases on new ranks; return each rank's exit status, output and outcomes."""
     processes = [
         subprocess.Popen(
             [
                 sys.executable,
                 str(Path(__file__).with_name("distributed_cases.py")),
+                device,
                 str(rank),
                 str(ranks),
                 str(folder),
@@ -59,9 +61,20 @@ def run_world(ranks, folder, names, limit):
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", 2), id="2-ranks"),
+        pytest.param(("cpu", 4), id="4-ranks"),
+        pytest.param(("cuda", 2), id="2-gpus", marks=pytest.mark.gpu),
+        pytest.param(("cuda", 4), id="4-gpus", marks=pytest.mark.gpu),
+    ],
+)
 def world(request, tmp_path_factory):
-    return run_world(request.param, tmp_path_factory.mktemp("world"), list(CASES), LIMIT)
+    device, ranks = request.param
+    if device == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    return run_world(ranks, tmp_path_factory.mktemp("world"), list(CASES), LIMIT, device)
 
 
 @pytest.mark.parametrize("name", CASES)
