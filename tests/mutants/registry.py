@@ -633,8 +633,8 @@ OPERATOR = (
         "a-plan-for-another-precision",
         "a call takes the plan that was made when TF32 was not allowed",
         "plan.py",
-        "        tf32,\n        torch._C",
-        "        torch._C",
+        "        tf32,\n        cropped_rows",
+        "        cropped_rows",
         "test_operator.py::TestDtypes::test_tf32_is_asked_for_as_pytorch_does",
     ),
     mutant(
@@ -909,6 +909,14 @@ DISTRIBUTED = (
         "if bias is not None and not _is_first(mesh",
         "if False and not _is_first(mesh",
         f"{RANKS}-dtensors_of_every_placement]",
+    ),
+    mutant(
+        "rows-cropped-at-the-wrong-end",
+        "a kernel that leaves out rows at the start leaves out as many at the end",
+        "problem.py",
+        "out_size=rows.out_size - self.cropped_rows",
+        "out_size=rows.out_size",
+        "test_cropped_rows.py::test_every_kernel[coalesced-cpu]",
     ),
 )
 
