@@ -633,8 +633,8 @@ OPERATOR = (
         "a-plan-for-another-precision",
         "a call takes the plan that was made when TF32 was not allowed",
         "plan.py",
-        "        tf32,\n        torch._C",
-        "        torch._C",
+        "        tf32,\n        cropped_rows",
+        "        cropped_rows",
         "test_operator.py::TestDtypes::test_tf32_is_asked_for_as_pytorch_does",
     ),
     mutant(
@@ -880,4 +880,44 @@ EXERCISES = (
     ),
 )
 
-MUTANTS = (*KERNELS, *OPERATOR, *EXERCISES)
+# ---- Several ranks -----------------------------------------------------------------------------
+
+RANKS = "test_distributed.py::test_ranks_agree_with_one_process[2-ranks"
+ROW_PLANS = "test_distributed.py::TestRowPlan"
+
+DISTRIBUTED = (
+    mutant(
+        "overlap-without-dilation",
+        "the rows that a rank adds to are counted as if the kernel's rows were neighbours",
+        "distributed.py",
+        "rows.padding + (rows.kernel - 1) * rows.dilation",
+        "rows.padding + (rows.kernel - 1)",
+        f"{ROW_PLANS}::test_the_overlap_is_as_derived[5-2-1]",
+    ),
+    mutant(
+        "rows-after-the-last-lost",
+        "nobody owns the output rows below the last input row's first",
+        "distributed.py",
+        "ends = [*starts[1:], rows.out_size]",
+        "ends = [*starts[1:], min(rows.out_size, starts[-1] + 1)]",
+        f"{ROW_PLANS}::test_rows_are_owned_once[0-heights1]",
+    ),
+    mutant(
+        "bias-of-every-part-of-a-sum",
+        "where input channels are split, each rank adds the bias to its part of the sum",
+        "distributed.py",
+        "if bias is not None and not _is_first(mesh",
+        "if False and not _is_first(mesh",
+        f"{RANKS}-dtensors_of_every_placement]",
+    ),
+    mutant(
+        "rows-cropped-at-the-wrong-end",
+        "a kernel that leaves out rows at the start leaves out as many at the end",
+        "problem.py",
+        "out_size=rows.out_size - self.cropped_rows",
+        "out_size=rows.out_size",
+        "test_cropped_rows.py::test_every_kernel[coalesced-cpu]",
+    ),
+)
+
+MUTANTS = (*KERNELS, *OPERATOR, *EXERCISES, *DISTRIBUTED)
