@@ -69,6 +69,7 @@ def test_every_kernel(name, device):
         x, weight, bias = inputs(problem, seed=3)
         for crop in crops_of(problem):
             part = CroppedProblem.of(problem, crop)
+            assert part.out_height == problem.out_height - crop
             if not kernel.supports(part, torch.float32, False):
                 continue
             ran += 1
