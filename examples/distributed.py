@@ -239,6 +239,7 @@ def connected(timeout: int) -> torch.device:
     limit = datetime.timedelta(seconds=timeout)
     # A GPU for each process on this machine, or none.
     if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        torch.backends.cudnn.allow_tf32 = False  # which would round more than sums differ
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=limit, device_id=device)

@@ -192,10 +192,13 @@ def rows_by_kernels_of_ours():
 @case
 def rows_in_channels_last():
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    (x, weight, _), output, _, _ = drawn((2, 4, 3 * ranks, 5), (4, 3, 3, 3), False, {})
+    # In float64 PyTorch's own output is not channels last on a GPU.
+    (x, weight, _), output, _, _ = drawn(
+        (2, 4, 3 * ranks, 5), (4, 3, 3, 3), False, {}, torch.float32
+    )
     rows = x[:, :, 3 * rank : 3 * rank + 3].contiguous(memory_format=torch.channels_last)
     rows = conv_transpose2d_rows(rows, weight)
-    assert_close(rows, output[:, :, 3 * rank : 3 * rank + rows.shape[2]])
+    assert_close(rows, output[:, :, 3 * rank : 3 * rank + rows.shape[2]], 1e-5)
     assert rows.is_contiguous(memory_format=torch.channels_last)
 
 

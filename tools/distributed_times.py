@@ -1,17 +1,19 @@
 """Measures the operator on several GPUs of one machine: how it scales, and what sending costs.
 
-    python tools/distributed_times.py [--output FILE]
+    python tools/distributed_times.py [--output FILE] [--cpus N]
 
 It starts a process for each GPU. On 1, 2, 4 ... of them it computes
 
-- ``images``: the star's batch on each GPU (weak scaling), as DTensors split by images;
+- ``images``: the star's batch on each GPU (weak scaling), where nothing is sent;
 - ``rows``: images of as many times the star's rows as there are GPUs (weak scaling), split by rows;
 - ``tall``: one image of 8192 x 8192 pixels (strong scaling), split by rows.
 
 Each is run back to back, in rounds with the others. Where rows are split it is run once more with
 nothing sent, and once under torch.profiler, which tells when rows travelled and what was computed
 meanwhile. Results are compared with one GPU's. The record is written to
-``records/GPU-distributed.json``; it takes about two minutes, once the kernels are built.
+``records/GPU-distributed.json``; it takes about a minute, once the kernels are built. ``--cpus``
+tries all of it on so many processes without a GPU, with small images; no times of those are of any
+use, and nothing is profiled.
 
 The record (schema 1): ``what``, ``gpu``, ``gpus``, ``link`` (what ``nvidia-smi topo -m`` calls the
 way from the first to the second), ``software`` (with ``nccl``), ``date``, ``seed``, ``meaning`` and
@@ -27,44 +29,48 @@ operator ran) and ``call_us`` (from the first kernel's start to the last one's e
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from convt_lab import conv_transpose2d, distributed, records  # noqa: E402
+from convt_lab.bench import _current_gpu  # noqa: E402
 from convt_lab.distributed import RowPlan, conv_transpose2d_rows  # noqa: E402
+from convt_lab.measure import EventClock, Repeats  # noqa: E402
 from convt_lab.plan import plan_for  # noqa: E402
 from convt_lab.problem import Problem  # noqa: E402
 
 #: Rounds, of each of which the median is taken, and seconds that a round is to last.
 ROUNDS, SECONDS = 9, 0.06
 
-#: Pixels of a side of the image that is split.
-TALL = 8192
+#: Pixels of a side of the image that is split; without a GPU.
+TALL, SMALL = 8192, 24
 
 
-def cases(ranks: int) -> dict[str, Problem]:
-    """Return what is computed on so many GPUs together."""
-    star = Problem.named("star")
+def cases(ranks: int, device: str) -> dict[str, Problem]:
+    """Return what is computed on so many GPUs (or processes) together."""
+    star, side = Problem.named("star" if device == "cuda" else "star_small"), TALL
+    if device == "cpu":
+        side = SMALL
     return {
         "images": replace(star, batch=star.batch * ranks),
         "rows": replace(star, height=star.height * ranks),
-        "tall": replace(star, batch=1, height=TALL, width=TALL),
+        "tall": replace(star, batch=1, height=side, width=side),
     }
 
 
@@ -82,21 +88,23 @@ class Part:
         The ranks that share it.
     seed
         Of input and weight, which are the same however many ranks there are.
+    device
+        ``cuda`` or ``cpu``.
     """
 
-    def __init__(self, case: str, problem: Problem, group: dist.ProcessGroup, seed: int):
-        self.case, self.problem, self.group = case, problem, group
+    def __init__(
+        self, case: str, problem: Problem, group: dist.ProcessGroup, seed: int, device: str
+    ):
+        self.case, self.problem, self.group, self.device = case, problem, group, device
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.plan = RowPlan.for_heights(problem, [problem.height // self.ranks] * self.ranks)
         whole = self._drawn(seed, problem.input_shape)
         self.weight = self._drawn(seed + 1, problem.weight_shape)
         self.input = self._own(whole).clone()
-        self.mesh = DeviceMesh.from_group(group, "cuda")
 
-    @staticmethod
-    def _drawn(seed: int, shape: Sequence[int]) -> torch.Tensor:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        return torch.randn(shape, device="cuda", generator=generator)
+    def _drawn(self, seed: int, shape: Sequence[int]) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, device=self.device, generator=generator)
 
     def _own(self, input: torch.Tensor) -> torch.Tensor:
         if self.case == "images":
@@ -112,12 +120,8 @@ class Part:
     def call(self) -> torch.Tensor:
         """Compute this rank's part of the output; on one GPU, as on any one."""
         arguments = self.problem.arguments
-        if self.ranks == 1:
+        if not self.splits_rows:
             return conv_transpose2d(self.input, self.weight, **arguments)
-        if self.case == "images":
-            weight = DTensor.from_local(self.weight, self.mesh, [Replicate()], run_check=False)
-            input = DTensor.from_local(self.input, self.mesh, [Shard(0)], run_check=False)
-            return conv_transpose2d(input, weight, **arguments).to_local()
         return conv_transpose2d_rows(
             self.input,
             self.weight,
@@ -173,23 +177,63 @@ def nothing_sent():
 # ---- Measuring -----------------------------------------------------------------------------------
 
 
-def milliseconds(call: Callable[[], object], runs: int, control: dist.ProcessGroup) -> float:
-    """Return one run's share of `runs` back to back, of the rank that takes longest."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    dist.barrier(control)
-    begin.record()
-    for _ in range(runs):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    slowest = torch.tensor(begin.elapsed_time(end) / runs, dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=control)
-    return slowest.item()
+class HostClock:
+    """Times what has ended when its function returns, as all that runs on a CPU."""
+
+    def repeat(self, function: Callable[[], object], runs: int) -> Repeats:
+        """Run `function` as often as `runs` says."""
+        begin = time.perf_counter()
+        for _ in range(runs):
+            function()
+        seconds = time.perf_counter() - begin
+        return Repeats(seconds, seconds / runs)
 
 
-def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str, float]:
-    """Return when rows travelled and what ran meanwhile, in a profile's second call."""
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that measure together: the first `count`, and how they are connected.
+
+    Attributes
+    ----------
+    count
+        How many there are.
+    group
+        For what the operator sends.
+    control
+        Of CPUs, for what the measurement sends.
+    clock
+        This rank's.
+    device
+        ``cuda`` or ``cpu``.
+    """
+
+    count: int
+    group: dist.ProcessGroup
+    control: dist.ProcessGroup
+    clock: EventClock | HostClock
+    device: str
+
+    @property
+    def has_this(self) -> bool:
+        """Whether this rank is one of them."""
+        return dist.get_rank() < self.count
+
+    def worst(self, value: float) -> float:
+        """Return the largest of all ranks' values."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return largest.item()
+
+    def milliseconds(self, call: Callable[[], object], runs: int) -> float:
+        """Return one run's share of `runs` back to back, of the rank that takes longest."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier(self.control)
+        return self.worst(1000 * self.clock.repeat(call, runs).seconds / runs)
+
+
+def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str, float | None]:
+    """Return when rows travelled and what ran meanwhile; None where no kernel carried them."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     call()
     torch.cuda.synchronize()
@@ -206,99 +250,100 @@ def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str
         ):
             continue
         spans[is_nccls].append((event.time_range.start, event.time_range.end))
-    starts, ends = zip(*spans[True], strict=True)
-    sent = (min(starts), max(ends))
+    every = spans[True] + spans[False]
+    call_us = max(end for _, end in every) - min(start for start, _ in every)
+    if not spans[True]:
+        return {"sent_us": None, "hidden_us": None, "call_us": call_us}
+    sent = (min(start for start, _ in spans[True]), max(end for _, end in spans[True]))
     # Kernels of one stream follow one another, so their parts of the interval add up.
     hidden = sum(max(0.0, min(end, sent[1]) - max(start, sent[0])) for start, end in spans[False])
-    every = spans[True] + spans[False]
-    return {
-        "sent_us": sent[1] - sent[0],
-        "hidden_us": hidden,
-        "call_us": max(end for _, end in every) - min(start for start, _ in every),
-    }
+    return {"sent_us": sent[1] - sent[0], "hidden_us": hidden, "call_us": call_us}
 
 
-def measured(
-    counts: Sequence[int],
-    groups: dict[int, dist.ProcessGroup],
-    controls: dict[int, dist.ProcessGroup],
-    everyone: dist.ProcessGroup,
-    seed: int,
-) -> list[dict[str, Any]]:
+def measured(teams: Sequence[Ranks], everyone: dist.ProcessGroup, seed: int) -> list[dict]:
     """Measure all cases on this rank; the first rank's list is the record's rows."""
-    rank = dist.get_rank()
     rows = []
-    for allow_tf32 in (False, True):
+    rounds = ROUNDS if teams[0].device == "cuda" else 1
+
+    def together(step: Callable[[Ranks], object]) -> None:
+        # One team after another, the ranks that are not in it waiting.
+        for team in teams:
+            if team.has_this:
+                step(team)
+            dist.barrier(everyone)
+
+    for allow_tf32, case in itertools.product((False, True), cases(1, teams[0].device)):
         torch.backends.cudnn.allow_tf32 = allow_tf32
-        for case in cases(1):
-            parts, errors, runs = {}, {}, {}
-            for count in counts:
-                if rank < count:
-                    problem = cases(count)[case]
-                    part = Part(case, problem, groups[count], seed)
-                    worst = torch.tensor(part.error(seed), dtype=torch.float64)
-                    dist.all_reduce(worst, dist.ReduceOp.MAX, group=controls[count])
-                    parts[count], errors[count] = part, worst.item()
-                    milliseconds(part.call, 3, controls[count])
-                    once = milliseconds(part.call, 3, controls[count])
-                    runs[count] = max(2, round(1000 * SECONDS / once))
+        found: dict[int, Measurement] = {}
+
+        def begin(team: Ranks) -> None:
+            found[team.count] = Measurement.begun(team, case, allow_tf32, seed)  # noqa: B023
+            if team.device == "cuda":
                 torch.cuda.empty_cache()
-                dist.barrier(everyone)
-            times: dict[tuple[int, bool], list[float]] = {}
-            for _ in range(ROUNDS):
-                for count in counts:
-                    if rank < count:
-                        part, control = parts[count], controls[count]
-                        found = times.setdefault((count, True), [])
-                        found.append(milliseconds(part.call, runs[count], control))
-                        if part.splits_rows:
-                            with nothing_sent():
-                                found = times.setdefault((count, False), [])
-                                found.append(milliseconds(part.call, runs[count], control))
-                    dist.barrier(everyone)
-            for count in counts:
-                if rank < count:
-                    row = row_of(parts[count], allow_tf32, errors[count], times, controls[count])
-                    rows.append(row)
-                dist.barrier(everyone)
-            del parts
-            torch.cuda.empty_cache()
+
+        together(begin)
+        for _ in range(rounds):
+            together(lambda team: found[team.count].run())  # noqa: B023
+        together(lambda team: rows.append(found[team.count].row()))  # noqa: B023
     return rows
 
 
-def row_of(
-    part: Part,
-    allow_tf32: bool,
-    error: float,
-    times: dict[tuple[int, bool], list[float]],
-    control: dist.ProcessGroup,
-) -> dict[str, Any]:
-    """Return a row of the record."""
-    sent = times[part.ranks, True]
-    row = {
-        "case": part.case,
-        "problem": asdict(part.problem),
-        "ranks": part.ranks,
-        "allow_tf32": allow_tf32,
-        "kernel": part.kernel(),
-        "error": records.rounded(error, 3),
-        "ms": records.rounded(statistics.median(sent), 5),
-        "rounds_ms": [records.rounded(value, 5) for value in sent],
-    }
-    if part.splits_rows:
-        alone = times[part.ranks, False]
-        profiles: list[Any] = [None] * part.ranks
-        dist.all_gather_object(profiles, profiled(part.call, control), group=control)
+@dataclass
+class Measurement:
+    """One case on some ranks: `begun`, then a `run` in each round, then the record's `row`."""
+
+    team: Ranks
+    part: Part
+    allow_tf32: bool
+    error: float
+    runs: int
+    sent: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+
+    @classmethod
+    def begun(cls, team: Ranks, case: str, allow_tf32: bool, seed: int) -> Measurement:
+        """Compare with one GPU, and find out how often a round is to run."""
+        part = Part(case, cases(team.count, team.device)[case], team.group, seed, team.device)
+        error = team.worst(part.error(seed))
+        once = [team.milliseconds(part.call, 3) for _ in range(2)][1]
+        return cls(team, part, allow_tf32, error, max(2, round(1000 * SECONDS / once)))
+
+    def run(self) -> None:
+        """Run for a round."""
+        self.sent.append(self.team.milliseconds(self.part.call, self.runs))
+        if self.part.splits_rows:
+            with nothing_sent():
+                self.alone.append(self.team.milliseconds(self.part.call, self.runs))
+
+    def row(self) -> dict[str, Any]:
+        """Return a row of the record."""
+        part, team = self.part, self.team
+        row = {
+            "case": part.case,
+            "problem": asdict(part.problem),
+            "ranks": part.ranks,
+            "allow_tf32": self.allow_tf32,
+            "kernel": part.kernel(),
+            "error": records.rounded(self.error, 3),
+            "ms": records.rounded(statistics.median(self.sent), 5),
+            "rounds_ms": [records.rounded(value, 5) for value in self.sent],
+        }
+        if not part.splits_rows:
+            return row
         row |= {
-            "ms_without_exchange": records.rounded(statistics.median(alone), 5),
-            "rounds_ms_without_exchange": [records.rounded(value, 5) for value in alone],
+            "ms_without_exchange": records.rounded(statistics.median(self.alone), 5),
+            "rounds_ms_without_exchange": [records.rounded(value, 5) for value in self.alone],
             "bytes_sent": [part.plan.bytes_sent(rank) for rank in range(part.ranks)],
-            "exchange": [
+        }
+        if team.device == "cuda":
+            profiles: list[Any] = [None] * part.ranks
+            found = profiled(part.call, team.control)
+            dist.all_gather_object(profiles, found, group=team.control)
+            row["exchange"] = [
                 {name: records.rounded(value, 5) for name, value in profile.items()}
                 for profile in profiles
-            ],
-        }
-    return row
+            ]
+        return row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -314,8 +359,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
         efficiency = alone / row["ms"] / (row["ranks"] if row["case"] == "tall" else 1)
         exchanges = "; ".join(
-            f"{e['sent_us']:.0f}, {e['hidden_us']:.0f}, {e['call_us']:.0f}"
-            for e in row.get("exchange", [])
+            ", ".join("-" if value is None else f"{value:.0f}" for value in exchange.values())
+            for exchange in row.get("exchange", [])
         )
         lines.append(
             f"{row['case']:7} {row['allow_tf32']!s:5} {row['ranks']:5} {row['ms']:9.3f} "
@@ -342,66 +387,82 @@ def link() -> str | None:
 
 def on_a_rank(arguments: argparse.Namespace) -> None:
     """Be one of the processes that `main` starts."""
-    rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    limit = timedelta(seconds=120)
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=device)
-    world = dist.get_world_size()
-    counts = [count for count in (1, 2, 4, 8) if count <= world]
-    groups = {count: dist.new_group(range(count), backend="nccl") for count in counts}
-    controls = {count: dist.new_group(range(count), backend="gloo") for count in counts}
-    everyone = dist.new_group(backend="gloo")
+    device = "cpu" if arguments.cpus else "cuda"
+    settings: dict[str, Any] = {"timeout": timedelta(seconds=120)}
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("gloo", **settings)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    backend = "nccl" if device == "cuda" else "gloo"
+    clock = EventClock() if device == "cuda" else HostClock()
+    teams = [
+        Ranks(
+            count,
+            dist.new_group(range(count), backend=backend, **settings),
+            dist.new_group(range(count), backend="gloo", **settings),
+            clock,
+            device,
+        )
+        for count in (1, 2, 4, 8)
+        if count <= world
+    ]
+    everyone = dist.new_group(backend="gloo", **settings)
     if rank == 0:  # builds the kernels, once for all
-        for case in cases(1):
-            Part(case, cases(1)[case], groups[1], arguments.seed).call()
+        for case, problem in cases(1, device).items():
+            Part(case, problem, teams[0].group, arguments.seed, device).call()
     dist.barrier(everyone)
-    rows = measured(counts, groups, controls, everyone, arguments.seed)
+    rows = measured(teams, everyone, arguments.seed)
     if rank == 0:
         print(table(rows))
-        write(rows, world, arguments)
+        write(rows, world, device, arguments)
     dist.barrier(everyone)
     dist.destroy_process_group()
 
 
-def write(rows: list[dict[str, Any]], gpus: int, arguments: argparse.Namespace) -> None:
-    """Write the record."""
-    from convt_lab.bench import _current_gpu
-
-    with _current_gpu() as machine:
-        path = arguments.output or (
-            records.FOLDER / f"{records.slug(machine.gpu.name)}-distributed.json"
-        )
-        record = {
-            "schema": 1,
-            "what": "times of the operator on several GPUs, and what sending rows costs",
-            "gpu": machine.gpu.name,
-            "gpus": gpus,
-            "link": link(),
-            "software": {
+def write(
+    rows: list[dict[str, Any]], ranks: int, device: str, arguments: argparse.Namespace
+) -> None:
+    """Write the record; of processes without a GPU only where it is told to."""
+    record = {
+        "schema": 1,
+        "what": "times of the operator on several GPUs, and what sending rows costs",
+        "gpu": None,
+        "gpus": ranks,
+        "link": None,
+        "software": {"torch": torch.__version__},
+        "date": date.today().isoformat(),
+        "seed": arguments.seed,
+        "meaning": {
+            "images": "the star's batch on each GPU, nothing sent: weak scaling",
+            "rows": "the star with as many times its rows as there are GPUs, split by rows: "
+            "weak scaling",
+            "tall": f"one image of {TALL} x {TALL} pixels with the star's channels and kernel, "
+            "split by rows: strong scaling",
+            "ms": "median of the rounds; a round is one run's share of some back to back "
+            f"({SECONDS:g} s), on the GPU that took longest; one GPU calls the operator as if "
+            "there were no others",
+            "ms_without_exchange": "the same with nothing sent or received",
+            "exchange": "of each rank, in a profile of one call: from the first to the last "
+            "moment of NCCL's kernels, how much of that another kernel ran, and the call",
+            "error": "largest difference from one GPU's result, relative to the largest value",
+        },
+        "rows": rows,
+    }
+    path = arguments.output
+    if device == "cuda":
+        with _current_gpu() as machine:
+            record["gpu"] = machine.gpu.name
+            record["software"] = {
                 **asdict(machine.software),
                 "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            },
-            "date": date.today().isoformat(),
-            "seed": arguments.seed,
-            "meaning": {
-                "images": "the star's batch on each GPU, split by images: weak scaling",
-                "rows": "the star with as many times its rows as there are GPUs, split by rows: "
-                "weak scaling",
-                "tall": f"one image of {TALL} x {TALL} pixels with the star's channels and "
-                "kernel, split by rows: strong scaling",
-                "ms": "median of the rounds; a round is one run's share of some back to back "
-                f"({SECONDS:g} s), on the GPU that took longest; one GPU calls the operator as "
-                "if there were no others",
-                "ms_without_exchange": "the same with nothing sent or received",
-                "exchange": "of each rank, in a profile of one call: from the first to the last "
-                "moment of NCCL's kernels, how much of that another kernel ran, and the call",
-                "error": "largest difference from one GPU's result, relative to the largest value",
-            },
-            "rows": rows,
-        }
-    records.write_text(path, records.text_of(record))
-    print(f"wrote {path}")
+            }
+        record["link"] = link()
+        path = path or records.FOLDER / f"{records.slug(machine.gpu.name)}-distributed.json"
+    if path is not None:
+        records.write_text(path, records.text_of(record))
+        print(f"wrote {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -409,20 +470,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="the record to write")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    parser.add_argument("--cpus", type=int, metavar="N", help="try it without a GPU")
     arguments = parser.parse_args(argv)
     if "LOCAL_RANK" in os.environ:
         on_a_rank(arguments)
         return
-    gpus = torch.cuda.device_count()
-    if gpus < 2:
-        raise SystemExit(f"torch sees {gpus} CUDA devices: scaling is measured on 2 or more")
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    ranks = arguments.cpus or torch.cuda.device_count()
+    if ranks < 2:
+        raise SystemExit(f"torch sees {ranks} CUDA devices: scaling is measured on 2 or more")
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     given = sys.argv[1:] if argv is None else list(argv)
-    raise SystemExit(
-        subprocess.run(
-            [sys.executable, *command, str(Path(__file__)), *given], check=False
-        ).returncode
-    )
+    done = subprocess.run([sys.executable, *command, str(Path(__file__)), *given], check=False)
+    raise SystemExit(done.returncode)
 
 
 if __name__ == "__main__":
