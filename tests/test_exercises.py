@@ -101,6 +101,28 @@ WRONG = {
         changed("winograd.3", "d[2] - d[1], even", "d[1] - d[2], even"),
         r"With 1 channels, 4 inputs: y\[0\] is .* and should be",
     ),
+    "ladder.1": (
+        changed(
+            "ladder.1",
+            "max(fmas, dram, first_level, issuing)",
+            "fmas + dram + first_level + issuing",
+        ),
+        r"coalesced star: yours 13\d\.\d+ ms of 124\.983, more than it took",
+    ),
+    "ladder.2": (
+        changed("ladder.2", "math.ceil(blocks / places)", "max(1, blocks / places)"),
+        r"batch 8, 225 blocks for 132 places: yours 0\.099 ms, measured 0\.115; at most 10% off",
+    ),
+    "ladder.3": (
+        changed("ladder.3", "i >= 0 and ", ""),
+        r"width 32, 3 taps: \d+ sectors are wrong; the simulator counts fewer",
+    ),
+    "ladder.4": (
+        changed(
+            "ladder.4", "    __syncthreads();  // nobody reads the channel before any more\n", ""
+        ),
+        r"With 3 input channels, .* race in line 20: .* of 'inputs' with no barrier between",
+    ),
     "tensor_core.1": (
         lambda row, half: 8 * row + 4 * (half ^ row % 2),
         r"shared stores: at most 4 wavefronts per request; yours: 8",
@@ -143,6 +165,23 @@ WRONG = {
 }
 
 
+# More of them, each wrong in another way.
+ALSO_WRONG = [
+    (
+        "ladder.1",
+        lambda counts, gpu: float("nan"),
+        "naive_gather star: it returns nan, which is no",
+    ),
+    ("ladder.2", lambda blocks, places, one_block: 0, "batch 1: it returns 0, which is no time"),
+    ("ladder.3", lambda width, taps: width, "it returns 32 and should return two counts"),
+    (
+        "ladder.4",
+        changed("ladder.4", "THREAD_W = 4, THREAD_CO = 2;", "THREAD_W = 2, THREAD_CO = 4;"),
+        r"right values .* shared loads: at least 2 FMAs per load; yours: 1\.47, line \d+",
+    ),
+]
+
+
 def text_of(result) -> str:
     """What is printed, as one line."""
     return " ".join(str(result).split())
@@ -171,6 +210,15 @@ def test_a_wrong_answer_is_told_what_is_wrong(name):
     result = check(name, answer)
     assert result.passed is False
     assert str(result).startswith(f"{name}: not yet\n")
+    assert re.search(message, text_of(result)), result
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"), ALSO_WRONG, ids=[name for name, _, _ in ALSO_WRONG]
+)
+def test_another_wrong_answer_is_told_what_is_wrong(name, answer, message):
+    result = check(name, answer)
+    assert result.passed is False
     assert re.search(message, text_of(result)), result
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from convt_lab.exercises import (
     coalesced,
+    ladder,
     naive_gather,
     register_blocked,
     scatter_reference,
@@ -29,7 +30,7 @@ from convt_lab.exercises.exercise import Exercise, Hints, Result, Solution
 __all__ = ["Result", "check", "hint", "hints", "names", "solution", "start"]
 
 _CHAPTERS = (
-    *(scatter_reference, naive_gather, coalesced, shared_tiled, register_blocked, winograd),
+    *(scatter_reference, naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
     *(tensor_core, tensor_core_split, simulator),
 )
 _EXERCISES = MappingProxyType(
