@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 import convt_lab as lab
-from convt_lab import figures
+from convt_lab import decoder_record, figures
 from convt_lab.exercises import cuda
 from convt_lab.exercises.exercise import edited
 from convt_lab.program import compile as compile_source
@@ -147,6 +147,22 @@ WRONG = {
         changed("tensor_core_split.3", "    mma<Tf32>(part, a_low, b_high);\n", ""),
         r"With depth 8: c\[0, 0\] is .* and should be",
     ),
+    "operator.1": (
+        changed("operator.1", "2.0 ** (15 - exponent)", "float(np.float32(32768) / largest)"),
+        r"normal values: scale=[\d.]+ is no power of two, so dividing rounds",
+    ),
+    "operator.2": (
+        changed("operator.2", "stride) > max(", "stride) > 2 * max("),
+        r"at most 1\.5 times; yours: 2\.79 kernelbench 81: hopper, 2\.79 times",
+    ),
+    "operator.3": (
+        changed("operator.3", ">= 1.2", ">= 1"),
+        r"slower than PyTorch: at most 5%; yours: [6-9]\.\d% .* at least 1\.7 .*; yours: 1\.7",
+    ),
+    "operator.4": (
+        changed("operator.4", "make_float2(even, odd)", "make_float2(odd, even)"),
+        r"With 1 channels of 1 inputs: y\[0, 0\] is .* and should be",
+    ),
     "simulator.1": (
         (2, 4, 6, 8, 10, 12, 14, 16),
         r"stride 3: 6 is wrong; the simulator counts fewer",
@@ -174,6 +190,30 @@ ALSO_WRONG = [
     ),
     ("ladder.2", lambda blocks, places, one_block: 0, "batch 1: it returns 0, which is no time"),
     ("ladder.3", lambda width, taps: width, "it returns 32 and should return two counts"),
+    (
+        "operator.1",
+        changed("operator.1", "(15 - exponent)", "(17 - exponent)"),
+        r"normal values: high of -?\d\.\d+ is -?inf",
+    ),
+    (
+        "operator.1",
+        changed("operator.1", "2048).astype", "2).astype"),
+        r"normal values: .* is split into .* miss more than 4 units of a float32's rounding",
+    ),
+    ("operator.1", lambda values: (values, values, 1.0), "normal values: high must be float16 of"),
+    (
+        "operator.1",
+        changed("operator.1", " if largest > 0 else 0", " if largest > 0 else 2000"),
+        "zero values: scale=0.0 is no power of two",
+    ),
+    ("operator.2", lambda problem, kernels: "hopper", "it returns 'hopper'; this problem is taken"),
+    ("operator.3", lambda near: None, "it returns None, and should return 'pytorch' or one of"),
+    ("operator.3", lambda near: "pytorch", r"slower .* yours: 0\.0% .* 1\.7 times .* yours: 1\.00"),
+    (
+        "operator.4",
+        changed("operator.4", "INPUTS = 2;", "INPUTS = 1;"),
+        r"global loads: at most 80 requests; yours: 128, line \d+ .*window\[j\]",
+    ),
     (
         "ladder.4",
         changed("ladder.4", "THREAD_W = 4, THREAD_CO = 2;", "THREAD_W = 2, THREAD_CO = 4;"),
@@ -301,6 +341,14 @@ def test_how_many_loads_the_register_blocks_save():
     }
     assert 3 < saved["register_blocked.2"] < 4
     assert saved["register_blocked.3"] == 4
+
+
+def test_rules_that_pick_the_fastest_for_the_decoders_layers():
+    names: dict = {}
+    exec(solution("operator.2").answer, names)
+    for alone in decoder_record.find("nvidia-h200-decoder").mode("float32").alone.values():
+        seconds = alone.seconds
+        assert names["choose"](alone.problem, set(seconds)) == min(seconds, key=seconds.get)
 
 
 # --- what is said of answers in CUDA --------------------------------------------------------------

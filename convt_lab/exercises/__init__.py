@@ -17,6 +17,7 @@ from convt_lab.exercises import (
     coalesced,
     ladder,
     naive_gather,
+    operator,
     register_blocked,
     scatter_reference,
     shared_tiled,
@@ -31,7 +32,7 @@ __all__ = ["Result", "check", "hint", "hints", "names", "solution", "start"]
 
 _CHAPTERS = (
     *(scatter_reference, naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
-    *(tensor_core, tensor_core_split, simulator),
+    *(tensor_core, tensor_core_split, operator, simulator),
 )
 _EXERCISES = MappingProxyType(
     {exercise.name: exercise for chapter in _CHAPTERS for exercise in chapter.EXERCISES}
