@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pytest
 
 import convt_lab as lab
 from convt_lab import decoder_record, figures
+from convt_lab.decoder import SegmentationNet
 from convt_lab.exercises import cuda
 from convt_lab.exercises.exercise import edited
 from convt_lab.program import compile as compile_source
@@ -163,6 +165,30 @@ WRONG = {
         changed("operator.4", "make_float2(even, odd)", "make_float2(odd, even)"),
         r"With 1 channels of 1 inputs: y\[0, 0\] is .* and should be",
     ),
+    "decoder.1": (
+        changed("decoder.1", " if left > 0 else None", ""),
+        r"a share of 0\.457, wanted 2: -\d+\.\d+, but with no time at all .* so it must be None",
+    ),
+    "decoder.2": (
+        changed(
+            "decoder.2",
+            "type(module) is torch.nn.ConvTranspose2d",
+            "isinstance(module, torch.nn.ConvTranspose2d)",
+        ),
+        r"not yet A layer of a subclass: it must be left .* A layer with weight_norm: it must be",
+    ),
+    "decoder.3": (
+        changed("decoder.3", "error(after, name) <= max", "not error(after, name) > max"),
+        r"a NaN among the scores: yours says True, but NaN is never right .* missing: yours says",
+    ),
+    "decoder.4": (
+        changed("decoder.4", "(taps - 1) / 2", "taps // 2"),
+        r"factor 2: the inner output\[0\] is .* and should be",
+    ),
+    "decoder.5": (
+        changed("decoder.5", "(oh + 1) / 2 - kh, 0)", "(oh + 1) / 2 - kh, 1)"),
+        r"With an image of 3×5: y\[0, 0\] is .* and should be",
+    ),
     "simulator.1": (
         (2, 4, 6, 8, 10, 12, 14, 16),
         r"stride 3: 6 is wrong; the simulator counts fewer",
@@ -214,6 +240,21 @@ ALSO_WRONG = [
         changed("operator.4", "INPUTS = 2;", "INPUTS = 1;"),
         r"global loads: at most 80 requests; yours: 128, line \d+ .*window\[j\]",
     ),
+    ("decoder.1", lambda share, wanted: None, "wanted 1.05: None is no speed-up"),
+    (
+        "decoder.2",
+        lambda model, layer_class: model,
+        "A model of three layers: the layer '0' is not",
+    ),
+    ("decoder.2", lambda model, layer_class: None, "it must return the model that it was given"),
+    ("decoder.3", lambda before, after, exact: 1, "it returns 1, and should return True or False"),
+    ("decoder.3", lambda *_: True, "a layer that has lost digits: yours says True, but errors are"),
+    (
+        "decoder.3",
+        changed("decoder.3", "max(1e-6, 2 * error(before, name))", "2 * error(before, name)"),
+        "a loss that was exact by luck, and is one rounding off now: yours says False",
+    ),
+    ("decoder.4", lambda factor: np.ones(4), "factor 1: 1 weights are wanted, not shape"),
     (
         "ladder.4",
         changed("ladder.4", "THREAD_W = 4, THREAD_CO = 2;", "THREAD_W = 2, THREAD_CO = 4;"),
@@ -349,6 +390,14 @@ def test_rules_that_pick_the_fastest_for_the_decoders_layers():
     for alone in decoder_record.find("nvidia-h200-decoder").mode("float32").alone.values():
         seconds = alone.seconds
         assert names["choose"](alone.problem, set(seconds)) == min(seconds, key=seconds.get)
+
+
+def test_the_decoder_begins_with_tents():
+    names: dict = {"np": np}
+    exec(solution("decoder.4").answer, names)
+    weight = SegmentationNet(classes=3, width=1).up4.weight.detach().numpy()
+    tent = names["bilinear"](2)
+    assert np.array_equal(weight, np.broadcast_to(np.outer(tent, tent), weight.shape))
 
 
 # --- what is said of answers in CUDA --------------------------------------------------------------
