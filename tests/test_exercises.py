@@ -149,6 +149,22 @@ WRONG = {
         changed("tensor_core_split.3", "    mma<Tf32>(part, a_low, b_high);\n", ""),
         r"With depth 8: c\[0, 0\] is .* and should be",
     ),
+    "hopper.1": (
+        changed("hopper.1", "- padding", "- 2 * padding"),
+        r"width 6, 7 taps, padding 3: rows are 6 positions apart, and y\[0, 3\] is .* and should",
+    ),
+    "hopper.2": (
+        changed("hopper.2", "2 * subchunk * region", "subchunk * region"),
+        r"step 4 of 2×2 taps, .* begins at position 152 of octet 1, and .* position 152 of octet 2",
+    ),
+    "hopper.3": (
+        changed("hopper.3", "(round + 1) % 2", "1"),
+        r"count 1: use 1 fills buffer 0 before use 0 is read",
+    ),
+    "hopper.4": (
+        changed("hopper.4", "  __syncthreads();\n", ""),
+        r"race in line 15: .* of 'axis' with no barrier between them",
+    ),
     "operator.1": (
         changed("operator.1", "2.0 ** (15 - exponent)", "float(np.float32(32768) / largest)"),
         r"normal values: scale=[\d.]+ is no power of two, so dividing rounds",
@@ -255,6 +271,45 @@ ALSO_WRONG = [
         "a loss that was exact by luck, and is one rounding off now: yours says False",
     ),
     ("decoder.4", lambda factor: np.ones(4), "factor 1: 1 weights are wanted, not shape"),
+    ("hopper.1", lambda width, taps, padding: 0, "padding 0: 0 is no distance from one row to the"),
+    ("hopper.2", lambda *_: 1.5, "step 0 of 1×1 taps, pitch 16, region 200: 1.5 is no integer"),
+    (
+        "hopper.2",
+        lambda *_: 0,
+        "region 200: the matrix begins at unit 0, which is outside the tile's",
+    ),
+    (
+        "hopper.2",
+        changed("hopper.2", "8 << 32", "16 << 32"),
+        "the next eight pixels are said to be 16 units on, and are 8",
+    ),
+    ("hopper.3", lambda use, count: 0, r"turn\(0, 1\) is 0: it must be three integers"),
+    (
+        "hopper.3",
+        lambda use, count: (use, 0, 1),
+        r"turn\(1, 1\) is \(1, 0, 1\): it must be a buffer",
+    ),
+    ("hopper.3", lambda use, count: (0, 0, 1), "use 1 fills buffer 0 before use 0 is read"),
+    (
+        "hopper.3",
+        lambda use, count: (0, use % 2, (use + 1) % 2),
+        "count 2: the first round leaves some buffers out",
+    ),
+    (
+        "hopper.3",
+        lambda use, count: (use % count, use // count % 2, use // count % 2),
+        "before use 0 is read, both sides wait for ever",
+    ),
+    (
+        "hopper.3",
+        lambda use, count: (use % count, (use // count + 1) % 2, (use // count + 1) % 2),
+        "reads buffer 0, in which there is nothing yet",
+    ),
+    (
+        "hopper.4",
+        changed("hopper.4", "&& ww < width;", ";"),
+        r"With an image of 1×1, .* out_of_bounds in line 15: .* byte 4 of 'x', which is outside it",
+    ),
     (
         "ladder.4",
         changed("ladder.4", "THREAD_W = 4, THREAD_CO = 2;", "THREAD_W = 2, THREAD_CO = 4;"),
@@ -398,6 +453,22 @@ def test_the_decoder_begins_with_tents():
     weight = SegmentationNet(classes=3, width=1).up4.weight.detach().numpy()
     tent = names["bilinear"](2)
     assert np.array_equal(weight, np.broadcast_to(np.outer(tent, tent), weight.shape))
+
+
+def test_the_least_pitch_is_the_kernels():
+    source = """
+    #include "warpgroup_plan.cuh"
+    extern "C" int pitch(int width, int taps, int padding) {
+      const int out_width = width + taps - 1 - 2 * padding;
+      const Axis axis = make_axis(width, out_width, taps, 1, padding, 1);
+      return warpgroups::Reach(axis, 1).positions(out_width, taps - 1, false);
+    }
+    """
+    library = compile_source(source, "simulator", name="pitch").library
+    names: dict = {}
+    exec(solution("hopper.1").answer, names)
+    for sizes in ((6, 7, 0), (5, 1, 0), (6, 7, 3), (9, 4, 1), (3, 5, 2), (40, 7, 5)):
+        assert names["pitch"](*sizes) == library.pitch(*sizes)
 
 
 # --- what is said of answers in CUDA --------------------------------------------------------------
