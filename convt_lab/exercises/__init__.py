@@ -71,6 +71,9 @@ def check(name: str, answer: Any, backend: str = "simulator") -> Result:
         If there is no such exercise or back end. Nothing is raised for what is wrong in the answer.
     BuildError
         If there is no compiler that works, or no GPU where one is asked for.
+    RecordError, FileNotFoundError
+        If an exercise compares with a record that is not there: ``records`` is a folder of the
+        repository, and an installed package has none.
 
     Notes
     -----

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convt_lab import decoder_record
+from convt_lab import decoder_record, records
 from convt_lab.exercises.cuda import KernelExercise, Launch
 from convt_lab.exercises.exercise import first_wrong
 from convt_lab.exercises.python import FunctionExercise
@@ -23,7 +23,7 @@ __all__ = ["EXERCISES"]
 
 
 def _judge_needed(function: Callable) -> tuple[str | None, str]:
-    record = decoder_record.find("nvidia-h200-decoder")
+    record = decoder_record.load(records.FOLDER / "nvidia-h200-decoder.json")
     asked = 0
     for mode in record.modes:
         for a_pass in ("inference", "training"):
@@ -317,7 +317,7 @@ EXERCISES = (
         function="needed",
         text='''
 def needed(share, wanted):
-    """How many times as fast a part must be, for the whole to be `wanted` times as fast.
+    """How many times as fast a part must be, for the whole to be `wanted` times.
 
     share: of the time that the part takes. None if no speed-up of it is enough.
     """
@@ -417,8 +417,11 @@ def as_good(before, after, exact):
             return np.nan
         return np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name])
 
-    # One or two roundings of float32 are nobody's fault. NaN is not less than anything.
-    return all(error(after, name) <= max(1e-6, 2 * error(before, name)) for name in exact)
+    def is_good(name):
+        # A few roundings of float32 are nobody's fault. NaN is not less than anything.
+        return error(after, name) <= max(1e-6, 2 * error(before, name))
+
+    return all(is_good(name) for name in exact)
 ''',
         judge=_judge_as_good,
         hints=(
@@ -440,7 +443,7 @@ def as_good(before, after, exact):
         function="bilinear",
         text='''
 def bilinear(factor):
-    """The weights of a transposed convolution that interpolates between neighbours, in 1-D.
+    """The weights of a transposed convolution that interpolates, in one dimension.
 
     It has stride `factor`, 2 * factor - factor % 2 taps and a padding of factor // 2.
     """
@@ -470,8 +473,9 @@ def bilinear(factor):
         name="decoder.5",
         kernel="enlarge",
         text="""
-// Bilinear interpolation by a factor of two: x [height, width], y [2 height, 2 width]. An output
-// lies a quarter of an input's size from the nearest one, and three quarters from the next.
+// Bilinear interpolation by a factor of two: x [height, width], y [2 height, 2 width].
+// An output lies a quarter of an input's size from the nearest one, and three quarters
+// from the next.
 __global__ void enlarge(const float* x, float* y, int height, int width) {
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= 4 * height * width) return;

@@ -163,8 +163,8 @@ def _judge_descriptor(function: Callable) -> tuple[str | None, str]:
                 )
             if other != next_plane:
                 return (
-                    f"{where}: the other eight channels of the first pixel are said to be "
-                    f"{tile.said_of(begin + other)}, and are {tile.said_of(begin + next_plane)}",
+                    f"{where}: the other eight channels of the first pixel are said to be at "
+                    f"{tile.said_of(begin + other)}, and are at {tile.said_of(begin + next_plane)}",
                     "",
                 )
             return (
@@ -308,14 +308,17 @@ def pitch(width, taps, padding):
 def descriptor(step, inputs, pixel, pitch, region, taps_h, taps_w):
     """The 64 bits that describe B, the inputs, for one step of a warpgroup.
 
-    All distances are in units of 16 bytes: eight channels, an octet, of one position. Octet after
-    octet lies from `inputs` on, and each takes `region` units, one for each position of the tile.
-    A step has 16 channels, two octets. First come all taps of the first 16 channels, row by row,
-    the first of them meeting position `pixel` and each next one the position behind, and rows of
-    taps being `pitch` positions apart. Then come all taps of the next 16 channels, and so on.
+    All distances are in units of 16 bytes: eight channels, an octet, of one
+    position. Octet after octet lies from `inputs` on. Each takes `region` units,
+    one for each position of the tile.
 
-    From bit 32 on: how far it is to the next eight pixels; from bit 16 on: to the other octet;
-    from bit 0 on: where the matrix begins.
+    A step has two octets, 16 channels. First come all taps of the first 16, row by
+    row. The first tap meets position `pixel`, the next one the position behind;
+    from one row of taps to the next it is `pitch` positions. Then come all taps of
+    the next 16 channels, and so on.
+
+    The bits: from 32 on, how far it is to the next eight pixels; from 16 on, to the
+    other octet; from 0 on, where the matrix begins.
     """
     row, column = divmod(step, taps_w)
     begin = inputs + pixel + row * pitch + column
@@ -349,10 +352,13 @@ def descriptor(step, inputs, pixel, pitch, region, taps_h, taps_w):
 def turn(use, count):
     """Which of so many buffers is used, and the parities that both sides wait for.
 
-    Use 0, 1, 2, ... of the buffers, in turn. One side fills: it waits at the buffer's barrier
-    `empty`, fills, and arrives at `full`. The other waits at `full`, reads, and arrives at `empty`.
-    An arrival ends a barrier's phase; phases are counted from 0. Waiting for a parity, 0 or 1, is
-    over as soon as the phase that ended last has that parity. Before phase 0 there was a phase -1.
+    Uses are counted from 0, and take the buffers in turn. A buffer has two
+    barriers. One side waits at `empty`, fills the buffer, and arrives at `full`. The
+    other waits at `full`, reads, and arrives at `empty`.
+
+    An arrival ends a barrier's phase; phases are counted from 0, too. Waiting for a
+    parity, 0 or 1, is over as soon as the phase that ended last has that parity.
+    Before phase 0 there was a phase -1.
     """
     buffer = use % count
     full, empty = 0, 1
@@ -385,10 +391,12 @@ def turn(use, count):
 constexpr int KH = 3, KW = 7, TILE = 128;  // outputs of a block, one for each thread
 constexpr int MAX_PITCH = 64;              // outputs of a row, at most
 
-// Stride 1, no padding: x [height, width], w [KH, KW], y [height + KH - 1, width + KW - 1].
-__global__ void flat(const float* x, const float* w, float* y, int height, int width) {
+// Stride 1, no padding: x [height, width], w [KH, KW],
+// y [height + KH - 1, width + KW - 1].
+__global__ void flat(const float* x, const float* w, float* y,
+                     int height, int width) {
   const int out_height = height + KH - 1, pitch = width + KW - 1;
-  const int position = blockIdx.x * TILE + threadIdx.x;  // of an output, row after row
+  const int position = blockIdx.x * TILE + threadIdx.x;  // outputs, row after row
   if (position >= out_height * pitch) return;
   const int oh = position / pitch, ow = position % pitch;
   float sum = 0.0f;
@@ -409,9 +417,11 @@ constexpr int KH = 3, KW = 7, TILE = 128;  // outputs of a block, one for each t
 constexpr int MAX_PITCH = 64;              // outputs of a row, at most
 constexpr int MAX_REACH = (KH - 1) * MAX_PITCH + KW - 1;
 
-// Stride 1, no padding: x [height, width], w [KH, KW], y [height + KH - 1, width + KW - 1].
-__global__ void flat(const float* x, const float* w, float* y, int height, int width) {
-  __shared__ float axis[MAX_REACH + TILE];  // inputs from `first` on, with zeros between rows
+// Stride 1, no padding: x [height, width], w [KH, KW],
+// y [height + KH - 1, width + KW - 1].
+__global__ void flat(const float* x, const float* w, float* y,
+                     int height, int width) {
+  __shared__ float axis[MAX_REACH + TILE];  // from `first` on, zeros between rows
   const int out_height = height + KH - 1, pitch = width + KW - 1;
   const int reach = (KH - 1) * pitch + KW - 1;
   const int first = blockIdx.x * TILE - reach;

@@ -154,9 +154,10 @@ EXERCISES = (
 def least_seconds(counts, gpu):
     """The least time that a kernel takes, in seconds.
 
-    counts: "fmas", "dram_bytes"; "sectors" of global loads and "wavefronts" of shared accesses;
-    "instructions" of warps, FMAs among them.
-    gpu: "fmas_per_second", "bytes_per_second" from DRAM; "sms", "schedulers" of an SM, "clock_hz".
+    counts: "fmas", "dram_bytes"; "sectors" of global loads; "wavefronts" of
+    shared accesses; "instructions" of warps, FMAs among them.
+    gpu: "fmas_per_second"; "bytes_per_second" from DRAM; "sms"; "schedulers" of
+    an SM; "clock_hz".
     """
     fmas = counts["fmas"] / gpu["fmas_per_second"]
     dram = counts["dram_bytes"] / gpu["bytes_per_second"]
@@ -183,8 +184,7 @@ def least_seconds(counts, gpu):
         why="Each count divided by its rate is a floor, and the highest floor counts. The roofline "
         "has two of them, and explains hardly anything of the first three stages. What explains "
         "all ten times is the floor of issuing: a scheduler issues one instruction a clock, "
-        "whatever it is. The floor of the first-level memory is never the highest here; in a "
-        "kernel with worse access patterns it would be.",
+        "whatever it is. The floor of the first-level memory is never the highest here.",
     ),
     FunctionExercise(
         name="ladder.2",
@@ -220,9 +220,10 @@ def predict(blocks, places, one_block):
 def requests_and_sectors(width, taps):
     """Of all loads of one row of inputs by `coalesced`: stride 1, no padding.
 
-    A row has a multiple of eight inputs and begins with a sector. Lane l of warp v owns output
-    32 v + l, if there is one; there are width + taps - 1 of them. A lane's first tap meets the last
-    input that it may, min(output, width - 1), and every further tap the input before.
+    A row has a multiple of eight inputs and begins with a sector. Lane l of warp v
+    owns output 32 v + l, if there is one; there are width + taps - 1 of them. A
+    lane's first tap meets the last input that it may, min(output, width - 1), and
+    every further tap the input before.
     """
     warps = (width + taps - 1 + 31) // 32
     return warps * taps, warps * taps * 4
@@ -236,7 +237,7 @@ def requests_and_sectors(width, taps):
         outputs = range(first, min(first + 32, out_width))
         for tap in range(taps):
             inputs = [min(output, width - 1) - tap for output in outputs]
-            # Input i meets output o with tap o - i: a lane has no more taps than there are.
+            # Input i meets output o with tap o - i, if there is such a tap.
             loaded = {i for i, o in zip(inputs, outputs) if i >= 0 and o - i < taps}
             requests += len(loaded) > 0
             sectors += len({i // 8 for i in loaded})
@@ -261,11 +262,13 @@ def requests_and_sectors(width, taps):
         name="ladder.4",
         kernel="row",
         text="""
-constexpr int TAPS = 7, TILE_W = 64, TILE_CO = 8;  // of outputs, by a block of 64 threads
+constexpr int TAPS = 7;
+constexpr int TILE_W = 64, TILE_CO = 8;  // outputs of a block of 64 threads
 
-// A row of the star: x [C_in, size], w [C_in, C_out, TAPS], y [C_out, size + TAPS - 1]; y[co][o] is
-// the sum over ci and k of x[ci][o - k] * w[ci][co][k]. A block has a tile of outputs.
-__global__ void row(const float* x, const float* w, float* y, int c_in, int c_out, int size) {
+// A row of the star: x [C_in, size], w [C_in, C_out, TAPS], y [C_out, size + TAPS - 1];
+// y[co][o] is the sum over ci and k of x[ci][o - k] * w[ci][co][k].
+__global__ void row(const float* x, const float* w, float* y,
+                    int c_in, int c_out, int size) {
   const int out_size = size + TAPS - 1;
   const int o = blockIdx.x * TILE_W + threadIdx.x;
   if (o >= out_size) return;
@@ -292,15 +295,17 @@ __global__ void row(const float* x, const float* w, float* y, int c_in, int c_ou
             Budget("sectors per request", most=4.5, op="store"),
         ),
         whole="""
-constexpr int TAPS = 7, TILE_W = 64, TILE_CO = 8;     // of outputs, by a block of 64 threads
-constexpr int THREAD_W = 4, THREAD_CO = 2;            // of these, by a thread
-constexpr int COLUMNS = TILE_W / THREAD_W;            // of threads
-constexpr int INPUTS = TILE_W + TAPS - 1;             // that a tile meets, of a channel
-constexpr int WINDOW = THREAD_W + TAPS - 1;           // and a thread
+constexpr int TAPS = 7;
+constexpr int TILE_W = 64, TILE_CO = 8;      // outputs of a block of 64 threads,
+constexpr int THREAD_W = 4, THREAD_CO = 2;   // and of a thread
+constexpr int COLUMNS = TILE_W / THREAD_W;   // of threads
+constexpr int INPUTS = TILE_W + TAPS - 1;    // of a channel, that a block meets,
+constexpr int WINDOW = THREAD_W + TAPS - 1;  // and a thread
 static_assert(COLUMNS * (TILE_CO / THREAD_CO) == 64, "each thread has outputs");
 
 // A row of the star: x [C_in, size], w [C_in, C_out, TAPS], y [C_out, size + TAPS - 1].
-__global__ void row(const float* x, const float* w, float* y, int c_in, int c_out, int size) {
+__global__ void row(const float* x, const float* w, float* y,
+                    int c_in, int c_out, int size) {
   __shared__ float inputs[INPUTS], weights[TILE_CO * TAPS];
   const int out_size = size + TAPS - 1;
   const int first = blockIdx.x * TILE_W, first_co = blockIdx.y * TILE_CO;
@@ -315,8 +320,8 @@ __global__ void row(const float* x, const float* w, float* y, int c_in, int c_ou
     }
     // The weights of neighbouring output channels lie end to end.
     if (threadIdx.x < TILE_CO * TAPS) {
-      const int index = first_co * TAPS + threadIdx.x;
-      weights[threadIdx.x] = index < c_out * TAPS ? w[ci * c_out * TAPS + index] : 0.0f;
+      const int index = first_co * TAPS + threadIdx.x, count = c_out * TAPS;
+      weights[threadIdx.x] = index < count ? w[ci * count + index] : 0.0f;
     }
     __syncthreads();
     float window[WINDOW];

@@ -75,7 +75,7 @@ def _measured() -> list[tuple[str, Problem, Mapping[str, float]]]:
     for case in record.of_form(FORMS[0]):
         seconds = {name: result.seconds for name, result in case.kernels.items()}
         found.append((case.shape, case.problem, {PYTORCH: case.pytorch.seconds, **seconds}))
-    layers = decoder_record.find("nvidia-h200-decoder").mode("float32").alone
+    layers = decoder_record.load(records.FOLDER / "nvidia-h200-decoder.json").mode("float32").alone
     for name, alone in layers.items():
         found.append((f"the decoder's {name}", alone.problem, alone.seconds))
     return found
@@ -178,7 +178,10 @@ EXERCISES = (
         function="halves",
         text='''
 def halves(values):
-    """Two float16 for each float32, and a scale: (high + low / 2048) / scale is the value."""
+    """Two float16 for each float32, and a scale.
+
+    (high + low / 2048) / scale is the value, nearly.
+    """
     scale = 1.0
     scaled = values * np.float32(scale)
     high = scaled.astype(np.float16)
@@ -215,7 +218,8 @@ def halves(values):
 def choose(problem, kernels):
     """The kernel for a problem in float32, by rules of your own.
 
-    problem: a `Problem`, with in_channels, out_channels, groups, kernel_size, stride and the rest.
+    problem: a `Problem`, with in_channels, out_channels, groups, kernel_size,
+    stride and the rest.
     kernels: the names of those that take it, and "pytorch".
     """
     if "hopper" in kernels:
@@ -263,8 +267,8 @@ def choose(problem, kernels):
 def guess(near):
     """The kernel for a problem that nobody measured, or "pytorch".
 
-    near: similar problems, the nearest first: (distance, {kernel: times as fast as PyTorch}), of
-    the kernels that take the new problem.
+    near: similar problems, the nearest first: (distance, {kernel: times as fast as
+    PyTorch}), of the kernels that take the new problem.
     """
     distance, ratios = near[0]
     return max(ratios, key=ratios.get)
@@ -300,16 +304,18 @@ def guess(near):
         name="operator.4",
         kernel="enlarge",
         text="""
-// Depthwise, stride 2, four taps, padding 1: x [channels, size], w [channels, 4], y [channels,
-// 2 size]. Tap k of input i adds to output 2 i + k - 1 of its channel. There is a thread for each
-// output of a channel; it is all right to leave most of them without work.
+// Depthwise, stride 2, four taps, padding 1: x [channels, size], w [channels, 4],
+// y [channels, 2 size]. Tap k of input i adds to output 2 i + k - 1 of its channel.
+// There is a thread for each output of a channel; it is all right to leave most of
+// them without work.
 __global__ void enlarge(const float* x, const float* w, float* y, int size) {
   const int o = blockIdx.x * blockDim.x + threadIdx.x, channel = blockIdx.y;
   if (o >= 2 * size) return;
   float sum = 0.0f;
   for (int k = (o + 1) % 2; k < 4; k += 2) {
     const int i = (o + 1 - k) / 2;
-    if (i >= 0 && i < size) sum = fmaf(x[channel * size + i], w[channel * 4 + k], sum);
+    if (i < 0 || i >= size) continue;
+    sum = fmaf(x[channel * size + i], w[channel * 4 + k], sum);
   }
   y[channel * 2 * size + o] = sum;
 }
@@ -322,11 +328,12 @@ __global__ void enlarge(const float* x, const float* w, float* y, int size) {
         whole="""
 constexpr int INPUTS = 2;  // of a thread, with both outputs of each
 
-// Depthwise, stride 2, four taps, padding 1: x [channels, size], w [channels, 4], y [channels,
-// 2 size]. Of input i, output 2 i gets tap 1, and tap 3 of the input before; output 2 i + 1 gets
-// tap 2, and tap 0 of the next input.
+// Depthwise, stride 2, four taps, padding 1: x [channels, size], w [channels, 4],
+// y [channels, 2 size]. Output 2 i has tap 1 of input i and tap 3 of the one before;
+// output 2 i + 1 has tap 2 of input i and tap 0 of the next one.
 __global__ void enlarge(const float* x, const float* w, float* y, int size) {
-  const int first = (blockIdx.x * blockDim.x + threadIdx.x) * INPUTS, channel = blockIdx.y;
+  const int first = (blockIdx.x * blockDim.x + threadIdx.x) * INPUTS;
+  const int channel = blockIdx.y;
   if (first >= size) return;
   const float4 taps = reinterpret_cast<const float4*>(w)[channel];
   float window[INPUTS + 2];
