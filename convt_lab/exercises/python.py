@@ -15,6 +15,9 @@ from convt_lab.exercises.exercise import Exercise, Result, Source, edited
 
 __all__ = ["FunctionExercise", "NumbersExercise"]
 
+#: Characters of an argument that a message shows.
+LONGEST = 60
+
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionExercise(Exercise):
@@ -102,12 +105,13 @@ class FunctionExercise(Exercise):
 
 
 def _shown_call(name: str, arguments: Sequence[Any]) -> str:
-    """Write a call, with the shapes of arrays in place of their values."""
+    """Write a call, with the shapes of arrays in place of their values, and nothing at length."""
     shown = [
         f"<array {list(a.shape)}>" if isinstance(a, np.ndarray) and a.size > 8 else repr(a)
         for a in arguments
     ]
-    return f"{name}({', '.join(shown)})"
+    short = [text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in shown]
+    return f"{name}({', '.join(short)})"
 
 
 @dataclass(frozen=True, kw_only=True)
