@@ -878,6 +878,30 @@ EXERCISES = (
         "\\n{answer}",
         "test_exercises.py::test_the_kernel_alone_is_enough_and_has_lines_of_its_own",
     ),
+    mutant(
+        "exercises-let-rows-lie-far-apart",
+        "a flat axis with more zeros than it needs passes",
+        "exercises/hopper.py",
+        "if np.array_equal(_on_one_axis(x, w, padding, int(found) - 1), exact):",
+        "if False:",
+        "test_exercises.py::test_the_start_does_not_pass[hopper.1]",
+    ),
+    mutant(
+        "exercises-forget-the-first-phase",
+        "a buffer that nobody has used yet is taken for one that is still to be read",
+        "exercises/hopper.py",
+        "return (phases[barrier][buffer] - 1) % 2 == parity",
+        "return phases[barrier][buffer] % 2 == parity",
+        "test_exercises.py::test_the_solution_passes[hopper.3]",
+    ),
+    mutant(
+        "exercises-let-a-swap-lose-hooks",
+        "a swap after which a hook is no longer called passes",
+        "exercises/decoder.py",
+        'return None if seen else "a hook',
+        'return None if True else "a hook',
+        "test_exercises.py::test_another_wrong_answer_is_told_what_is_wrong[decoder.2-2]",
+    ),
 )
 
 # ---- Several ranks -----------------------------------------------------------------------------
