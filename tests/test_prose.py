@@ -408,7 +408,7 @@ def share_of_two_longest() -> float:
 CLAIMS = {
     "intro": {
         "it is wrong in eleven ways": lambda: len(drafts.versions.MENDS) == 11,
-        "Three more rungs multiply with other units": lambda: (
+        "Three more stages multiply with other units": lambda: (
             len(lab.stages) - len(fma_stages) == 3
         ),
         "number 65 of level 1": "level 1 #65" in Problem.named.__doc__,
