@@ -777,7 +777,8 @@ CLAIMS = {
         "In a tile 32 wide it is one row": lambda: (
             draft_tile(drafts.versions.Draft.mended())[1] == 32
         ),
-        "A … of 32 neighbouring floats touches four": True,  # 4 bytes each, sectors of 32 bytes
+        "32 neighbouring threads": True,  # a warp
+        "A request for 32 neighbouring floats touches four": True,  # of 4 bytes, eight to a sector
         "rows of 64 pixels": True,  # in the cell below
         "end at 65,535": True,  # the simulator's message above says so, as NVIDIA's guides do
         "point 2 of the checklist": True,
