@@ -142,9 +142,33 @@ def ladder_row(shape: str, name: str, over: str) -> float:
     return shape.row(name).seconds() / shape.row(over).seconds()
 
 
-def fastest_hold_fewest_warps() -> bool:
+@functools.cache
+def star_profile(stage: str) -> dict:
     profiles = json.loads((records.FOLDER / "nvidia-h200-profiles.json").read_text())["profiles"]
-    of_star = [profiles[f"{name} star"][0] for name in FLOAT32_STAGES]
+    (profile,) = profiles[f"{stage} star"]
+    return profile
+
+
+def star_seconds(stage: str) -> float:
+    return star_profile(stage)["duration_seconds"]
+
+
+def first_level_seconds(stage: str) -> float:
+    """The least time for a stage's sectors on the star, at four a clock for each SM."""
+    profile, gpu = star_profile(stage), records.load_named("nvidia-h200").gpu
+    cycles = profile["l1_global_load_sectors"] / 4 / gpu.multiprocessors
+    return cycles / profile["sm_clock_hz"]
+
+
+def slots_for_an_fma(stage: str) -> float:
+    """Of four schedulers to an SM, for a warp's worth of FMAs, as the ladder chapter has it."""
+    profile, gpu = star_profile(stage), records.load_named("nvidia-h200").gpu
+    slots = 4 * gpu.multiprocessors * profile["sm_clock_hz"] * profile["duration_seconds"]
+    return profile["issue_slots_busy_percent"] / 100 * slots / (profile["fma"] / 32)
+
+
+def fastest_hold_fewest_warps() -> bool:
+    of_star = [star_profile(name) for name in FLOAT32_STAGES]
     by_time, by_warps = (
         sorted(of_star, key=lambda profile: profile[key])[:2]
         for key in ("duration_seconds", "achieved_occupancy_percent")
@@ -198,12 +222,6 @@ def backward_over_forward() -> float:
         forward = counter.get_total_flops()
         scores.sum().backward()
     return counter.get_total_flops() / forward - 1
-
-
-def are_measured(*kernels: str) -> bool:
-    """Whether the ladder's record has one of them."""
-    shapes = records.load_named("nvidia-h200").shapes
-    return any(row.name in kernels for shape in shapes for row in shape.rows)
 
 
 @functools.cache
@@ -368,6 +386,11 @@ def tensor_core_rows() -> list[dict[str, dict]]:
     return [{row["name"]: row for row in shape["rows"]} for shape in shapes]
 
 
+def tensor_core_ms(name: str) -> float:
+    """Cold, on the star."""
+    return tensor_core_rows()[0][name]["cold_ms"]
+
+
 def a_swap_costs_python() -> bool:
     """In inferences in which nearly nothing else changes."""
     after = network_record().mode("bfloat16 last").after
@@ -427,12 +450,31 @@ CLAIMS = {
     "explorer": {},  # tests/test_pages.py follows its links
     "naive_gather": {
         "32 rows high": True,  # a lane for each
+        "less than a hundredth of the FMA rate": lambda: (
+            records.load_named("nvidia-h200").share_of_fma("star", "naive_gather") < 0.01
+        ),
+        "to serve all those sectors takes about a fifth of it": lambda: (
+            0.18 < first_level_seconds("naive_gather") / star_seconds("naive_gather") < 0.22
+        ),
+        "Most goes to what no count of sectors shows": lambda: (
+            star_profile("naive_gather")["issue_slots_busy_percent"] > 70
+        ),
     },
     "coalesced": {
         "32 dark pixels": True,  # a lane for each
         f"{STAR.width - 1} pixels wide instead of {STAR.width}": True,
+        "about seven times as fast": lambda: (
+            6.5 < ladder_row("star", "naive_gather", "coalesced") < 7.5
+        ),
+        "about fifteen others": lambda: 14.5 < slots_for_an_fma("coalesced") - 1 < 15.5,
     },
     "shared_tiled": {
+        "the time has hardly moved": lambda: (
+            0.98 < ladder_row("star", "shared_tiled", "coalesced") < 1
+        ),
+        "had been served by the L1 cache nearly always": lambda: (
+            star_profile("coalesced")["l1_hit_percent"] > 90
+        ),
         "consists of 32 *…*": True,  # banks
         "3 by 7 inputs": STAR.kernel_size == (3, 7),
         "256 outputs": lambda: (
@@ -441,20 +483,54 @@ CLAIMS = {
         "8×32 is best": min((2**i for i in range(9)), key=inputs_of_tile) == 8,
     },
     "register_blocked": {
+        "some eighteen times as fast as the stage before": lambda: (
+            17 < ladder_row("star", "shared_tiled", "register_blocked") < 19
+        ),
+        "a little faster than cuDNN": lambda: (
+            1 < ladder_row("star", records.BASELINE, "register_blocked") < 1.2
+        ),
+        "More than three quarters of the FMA rate": lambda: (
+            0.75 < records.load_named("nvidia-h200").share_of_fma("star", "register_blocked") < 0.8
+        ),
         "8 bytes": lambda: constant("register_blocked", "Sizes<4>::WINDOW") % 4 == 2,  # a pair
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
     },
     "winograd": {
+        "less than the definition's FMAs alone would": lambda: (
+            records.load_named("nvidia-h200").share_of_fma("star", "winograd") > 1
+        ),
+        "by which this stage would take about two thirds of the one before": lambda: (
+            0.65 < star_profile("winograd")["fma"] / star_profile("register_blocked")["fma"] < 0.7
+            and ladder_row("star", "winograd", "register_blocked") > 0.72
+        ),
+        "an SM has room for eight warps": lambda: (
+            blocks_on_sm("winograd", "sm_90") * constant("winograd", "f23::THREADS") == 8 * 32
+        ),
         "3×7": lambda: lab.stages["winograd"].variant(STAR) == "F(2, 3)",
         "8 bytes": lambda: constant("winograd", "f23::WINDOW") % 4 == 2,  # a pair
     },
     "tensor_core": {
-        "it has not been measured": lambda: (
-            not are_measured("tensor_core")
-            and not any("tensor_core" in c.kernels for form in range(6) for c in of_operator(form))
+        "several times slower than the products alone, and than cuDNN with TF32": lambda: (
+            tensor_core_ms("tensor_core, TF32") > 3 * tensor_core_ms("pytorch, TF32")
+            and tensor_core_ms("tensor_core, TF32")
+            > 3000 * STAR.flops / records.load_named("nvidia-h200").ceilings.gemm_tf32
+        ),
+        "no faster than cuDNN in float32": lambda: (
+            tensor_core_ms("tensor_core, TF32") > 0.99 * tensor_core_ms("pytorch, float32")
         ),
     },
-    "tensor_core_split": {},
+    "tensor_core_split": {
+        "it takes less time than": lambda: (
+            tensor_core_ms("tensor_core_split, float32") < tensor_core_ms("tensor_core, TF32")
+        ),
+        "more than half as fast as the products alone": lambda: (
+            tensor_core_ms("tensor_core_split, float32")
+            < 2 * 6000 * STAR.flops / records.load_named("nvidia-h200").ceilings.gemm_bfloat16
+        ),
+        "well ahead of cuDNN's float32": lambda: (
+            tensor_core_ms("pytorch, float32") > 1.5 * tensor_core_ms("tensor_core_split, float32")
+        ),
+    },
     "hopper": {
         "64 rows": lambda: hoppers("CO") == 64,
         "64 output channels": lambda: hoppers("CO") == 64,
@@ -742,6 +818,10 @@ CLAIMS = {
     },
     "glossary": {
         "At most 1024": True,  # of every GPU that CUDA runs on; the simulator refuses more
+        "7.5 for Turing, 9.0 for Hopper": lambda: (
+            architectures.CARDS["T4"].architecture == "sm_75"
+            and records.load_named("nvidia-h200").gpu.compute_capability == (9, 0)
+        ),
         "of the 32 parts": True,  # banks
         "one of the 32 of its": True,  # lanes of a warp
         "32 neighbouring threads": True,
@@ -865,6 +945,20 @@ def test_every_stage_has_a_chapter_with_the_same_bones(stage):
     following = {other.previous.name: other for other in lab.stages.values() if other.previous}
     if stage.name in following:
         assert f"{{doc}}`{following[stage.name].name}`" in text, "what limits it leads on"
+
+
+@each_stage
+def test_every_stage_shows_its_time_on_the_star(stage):
+    if stage.unit == "FMA":
+        star = records.load_named("nvidia-h200").shape("star")
+        milliseconds = star.row(stage.name).time_ms()
+    else:
+        rows = tensor_core_rows()[0].values()
+        milliseconds = next(row for row in rows if row["kernel"] == stage.name)["cold_ms"]
+    page = stage.chapter.removeprefix("book/")
+    shown = [o.text for c in cells(page) for o in c.get("outputs", []) if "text" in o]
+    lines = [line for text in shown for line in text.splitlines() if stage.name in line]
+    assert any(f" {milliseconds:.3f}" in line for line in lines)
 
 
 @each_chapter
