@@ -193,10 +193,13 @@ class Report:
         return self.table()
 
     def table(self) -> str:
-        """Return the sites, totals and hazards as text for a person."""
+        """Return the sites, totals and hazards as text for a person.
+
+        The lanes, the cost and the ideal cost are those of one request, on average.
+        """
         columns = (
-            *("line", "space", "op", "buffer", "requests", "lanes/request"),
-            *("sectors", "wavefronts", "cost/request", "ideal"),
+            *("line", "space", "op", "buffer", "requests", "lanes"),
+            *("sectors", "wavefronts", "cost", "ideal"),
         )
         rows = [
             (
