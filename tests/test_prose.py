@@ -825,6 +825,7 @@ CLAIMS = {
         "of the 32 parts": True,  # banks
         "one of the 32 of its": True,  # lanes of a warp
         "32 neighbouring threads": True,
+        "within which the dilation is 1 as well": True,  # kernels/phase.cuh; test_stages runs them
         "10 bits of fraction where float32 has 23": lambda: (
             torch.finfo(torch.float32).eps == 2**-23 and FORMATS["tf32"].digits == 1 + 10
         ),
