@@ -27,6 +27,7 @@ from convt_lab import (
     dispatch,
     doctor,
     figures,
+    figures_tensor_cores,
     measure,
     measurements,
     operator_bench,
@@ -368,6 +369,21 @@ def tensor_core_rows() -> list[dict[str, dict]]:
     return [{row["name"]: row for row in shape["rows"]} for shape in shapes]
 
 
+def share_of_roof(kernel: str, number: str = "float32") -> float:
+    """Of a tensor-core rung, on the star: what the ladder's last roofline shows."""
+    roof = figures_tensor_cores.roof_of(records.load_named("nvidia-h200").ceilings, kernel, number)
+    seconds = tensor_core_rows()[0][f"{kernel}, {number}"]["cold_ms"] / 1000
+    return STAR.flops / seconds / roof.flops_per_second
+
+
+def least_traffic_to_meet_slope() -> float:
+    """Of the three rungs on tensor cores: over the bytes that must move."""
+    ceilings = records.load_named("nvidia-h200").ceilings
+    rungs = ("tensor_core", "TF32"), ("tensor_core_split", "float32"), ("hopper", "float32")
+    roofs = (figures_tensor_cores.roof_of(ceilings, *rung).flops_per_second for rung in rungs)
+    return STAR.flops / STAR.compulsory_bytes * ceilings.copy / max(roofs)
+
+
 def a_swap_costs_python() -> bool:
     """In inferences in which nearly nothing else changes."""
     after = network_record().mode("bfloat16 last").after
@@ -499,6 +515,22 @@ CLAIMS = {
     },
     "ladder": {
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
+        "The last three rungs multiply on tensor cores": lambda: (
+            [name for name in lab.stages if name not in fma_stages]
+            == list(lab.stages)[-3:]
+            == ["tensor_core", "tensor_core_split", "hopper"]
+        ),
+        "uses a ninth of it, which leaves it below …": lambda: (
+            abs(9 * share_of_roof("tensor_core", "TF32") - 1) < 0.05
+            and tensor_core_rows()[0]["tensor_core, TF32"]["cold_ms"]
+            > records.load_named("nvidia-h200").shape("star").row("register_blocked").time_ms()
+        ),
+        "… uses more than half of a lower one, and … three quarters of its own": lambda: (
+            0.5 < share_of_roof("tensor_core_split") < 0.6 and 0.72 < share_of_roof("hopper") < 0.78
+        ),
+        "more than three times as much before one met the slope": lambda: (
+            3 < least_traffic_to_meet_slope() < 4
+        ),
     },
     "operator": {
         "on 44 shapes": lambda: len(operator_bench.shapes()) == 44,
