@@ -457,6 +457,13 @@ CLAIMS = {
         "8×32 is best": min((2**i for i in range(9)), key=inputs_of_tile) == 8,
     },
     "register_blocked": {
+        "A block is four bars, one for each warp": lambda: (
+            constant("register_blocked", "Sizes<4>::WARPS_CO") == 4
+        ),
+        "eight rows of twelve, with a longer row of inputs": lambda: (
+            constant("register_blocked", "Sizes<4>::THREAD_CO") == 8
+            and constant("register_blocked", "Sizes<4>::THREAD_W") == 12
+        ),
         "8 bytes": lambda: constant("register_blocked", "Sizes<4>::WINDOW") % 4 == 2,  # a pair
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
     },
