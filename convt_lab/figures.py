@@ -54,6 +54,7 @@ __all__ = [
     "halo",
     "layer_times",
     "listing",
+    "pixels_of",
     "promotion",
     "request",
     "residues",
@@ -402,8 +403,8 @@ def request(lanes: Mapping[str, tuple[np.ndarray, np.ndarray]], sector_pixels: i
     Parameters
     ----------
     lanes
-        For each panel's title the rows h and columns w that the lanes read. Rows are assumed to
-        begin at a sector's start.
+        For each panel's title the rows h and columns w that the lanes read: of a traced request,
+        those that `pixels_of` returns. Rows are assumed to begin at a sector's start.
     sector_pixels
         Pixels in one sector.
 
@@ -445,6 +446,36 @@ def request(lanes: Mapping[str, tuple[np.ndarray, np.ndarray]], sector_pixels: i
         axes.set_ylabel("h", color=_INK, rotation=0, labelpad=10)
         axes.set_xlabel("w", color=_INK, labelpad=1)
     return Picture(figure, "pixels a warp asks for and sectors it gets")
+
+
+def pixels_of(request: Request, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which pixels a traced request touched, as `request` draws them.
+
+    Parameters
+    ----------
+    request
+        Of global memory, to a float32 buffer of rows; each lane asks for one value.
+    width
+        Of a row, in values.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        The row and the column of each lane that took part. Rows are counted from the buffer's
+        beginning, through all of its planes.
+
+    Raises
+    ------
+    ValueError
+        If the request is of shared memory, or its lanes ask for more than a value each.
+    """
+    if request.space != "global" or request.bytes != 4:
+        raise ValueError(
+            f"request={_title(request)}: must be of global memory, 4 bytes for each lane"
+        )
+    values = np.array([offset // 4 for offset in request.offsets if offset is not None])
+    h, w = np.divmod(values, width)
+    return h, w
 
 
 def halo(tile: tuple[int, int], kernel: tuple[int, int]) -> Picture:

@@ -257,6 +257,7 @@ def test_a_picture_is_a_png_and_the_same_every_time(draw):
 
 def test_every_picture_is_tested():
     others = {"Listing", "Picture", "Roof", "RooflinePoint", "constants", "diff", "listing"}
+    others |= {"pixels_of"}
     assert set(figures.__all__) - others == set(PICTURES)
 
 
@@ -299,6 +300,26 @@ def test_request_draws_the_lanes_and_their_sectors():
     assert asked == 32
     came = asked + colours.count(to_hex("#F9E4B7"))
     assert came == 8 * len({(y, x // 8) for y, x in zip(h, w, strict=True)})
+
+
+@pytest.mark.parametrize("stage", ["naive_gather", "coalesced"])
+def test_request_draws_what_a_trace_has(stage):
+    problem = Problem(height=40, width=32, kernel_size=(3, 7))  # rows begin where sectors do
+    report = lab.stages[stage].profile(*problem.random_inputs())
+    (request,) = (r for r in report.requests if (r.buffer, r.op) == ("input", "load"))
+    h, w = figures.pixels_of(request, problem.width)
+    assert len(h) == sum(offset is not None for offset in request.offsets)
+    assert max(h) < problem.height
+    colours = list(cells(figures.request({"": (h, w)}).figure.axes[0]).values())
+    asked = colours.count(to_hex("#0072B2"))
+    assert asked == len(h)
+    assert asked + colours.count(to_hex("#F9E4B7")) == 8 * request.cost
+
+
+def test_pixels_of_shared_memory_or_of_vectors_are_an_error():
+    for request in (one_request("shared", LANE), one_request("global", 16 * LANE, size=16)):
+        with pytest.raises(ValueError, match="must be of global memory, 4 bytes for each lane"):
+            figures.pixels_of(request, 8)
 
 
 def test_flat_axis_frames_what_the_taps_multiply():
