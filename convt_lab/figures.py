@@ -1194,7 +1194,8 @@ def roofline(
     Returns
     -------
     Picture
-        Both axes are logarithmic. The table has the points and how far below their roof they are.
+        Both axes are logarithmic; the ridge of a single roof is marked. The table has the points
+        and how far below their roof they are.
 
     Raises
     ------
@@ -1220,8 +1221,14 @@ def roofline(
         ridge, rate = roof.flops_per_second / bytes_per_second, roof.flops_per_second / 1e12
         axes.plot([left, ridge, right], [left * bytes_per_second / 1e12, rate, rate],
                   color=_INK, linewidth=1.6)  # fmt: skip
-        axes.text(ridge * 1.25, 1.06 * rate, f"{roof.name}, {rate:.0f} TFLOP/s", fontsize=8,
+        axes.text(ridge * 1.25, 1.15 * rate, f"{roof.name}, {rate:.0f} TFLOP/s", fontsize=8,
                   color=_GREY)  # fmt: skip
+    if len(roofs) == 1:
+        ridge = highest / bytes_per_second
+        axes.axvline(ridge, color=_GREY, linewidth=0.8, linestyle=":", zorder=0)
+        sides = (ridge / 1.1, "right", "memory"), (ridge * 1.1, "left", "arithmetic")
+        for x, side, limit in sides:
+            axes.text(x, top, f"{limit} is the limit", ha=side, va="top", fontsize=8, color=_GREY)
     copied = left * 1.8  # where the slope is named, below it
     speed = f"copy, {bytes_per_second / 1e12:.2f} TB/s"
     axes.text(copied, copied * bytes_per_second / 2.2e12, speed, fontsize=8, color=_GREY)
@@ -1230,7 +1237,7 @@ def roofline(
         roof = roofs[0].name if point.roof is None else point.roof
         most = min(by_name[roof], point.intensity * bytes_per_second)
         rows.append(
-            (name, f"{point.intensity:.1f}", f"{point.flops_per_second / 1e12:.2f}",
+            (name, _three_digits(point.intensity), f"{point.flops_per_second / 1e12:.2f}",
              f"{most / 1e12:.1f}", "copy" if most < by_name[roof] else roof,
              f"{point.flops_per_second / most:.1%}")
         )  # fmt: skip
@@ -1287,23 +1294,26 @@ def _label_points(
     """
     columns: list[list[str]] = []
     for name in sorted(points, key=lambda name: points[name].intensity):
-        if columns and points[name].intensity < 3 * points[columns[-1][-1]].intensity:
+        if columns and points[name].intensity < 1.6 * points[columns[-1][-1]].intensity:
             columns[-1].append(name)
         else:
             columns.append([name])
     for names in columns:
         names.sort(key=lambda name: points[name].flops_per_second)
         right = max(points[name].intensity for name in names)
-        wanted = [points_of_decade * np.log10(points[name].flops_per_second) for name in names]
-        for name, place, own in zip(names, _spread(wanted, gap), wanted, strict=True):
-            x, y = points[name].intensity, points[name].flops_per_second / 1e12
-            moved = place - own
+        own = [points_of_decade * np.log10(points[name].flops_per_second) for name in names]
+        # What lies on the roof is named below it.
+        below = [9 * (points[name].kind == "bound") for name in names]
+        wanted = [place - under for place, under in zip(own, below, strict=True)]
+        for i, place in enumerate(_spread(wanted, gap)):
+            x, y = points[names[i]].intensity, points[names[i]].flops_per_second / 1e12
             line = dict(arrowstyle="-", color=_GREY, linewidth=0.6, shrinkA=0, shrinkB=3)
+            made_way = abs(place - wanted[i]) > 3 or x < right / 1.05
             axes.annotate(
-                name, (x, y), (right * 1.13, y * 10 ** (moved / points_of_decade)),
+                names[i], (x, y), (right * 1.13, y * 10 ** ((place - own[i]) / points_of_decade)),
                 fontsize=9, color=_INK, va="center",
                 bbox=dict(facecolor="white", edgecolor="none", pad=0.5),
-                arrowprops=line if abs(moved) > 3 or x < right / 1.05 else None,
+                arrowprops=line if made_way else None,
             )  # fmt: skip
 
 

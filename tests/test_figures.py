@@ -523,6 +523,13 @@ def test_the_roofline_has_its_ridges_and_all_points():
     assert rows[6][-2] == "copy"
 
 
+def test_the_ridge_of_a_single_roof_is_marked():
+    (axes,) = figures.roofline(ROOFS[:1], 5e12, {"slow": POINTS["slow"]}).figure.axes
+    assert [2.0, 2.0] in [list(line.get_xdata()) for line in axes.lines]
+    sides = {t.get_text(): t.get_position()[0] for t in axes.texts if "limit" in t.get_text()}
+    assert sides["memory is the limit"] < 2.0 < sides["arithmetic is the limit"]
+
+
 def test_points_in_one_place_share_a_name_and_are_still_told_apart():
     (axes,) = figures.roofline(ROOFS, 5e12, POINTS).figure.axes
     named = {text.get_text() for text in axes.texts}
