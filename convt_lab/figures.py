@@ -1221,7 +1221,7 @@ def roofline(
         ridge, rate = roof.flops_per_second / bytes_per_second, roof.flops_per_second / 1e12
         axes.plot([left, ridge, right], [left * bytes_per_second / 1e12, rate, rate],
                   color=_INK, linewidth=1.6)  # fmt: skip
-        axes.text(ridge * 1.25, 1.15 * rate, f"{roof.name}, {rate:.0f} TFLOP/s", fontsize=8,
+        axes.text(ridge * 1.5, 1.14 * rate, f"{roof.name}, {rate:.0f} TFLOP/s", fontsize=8,
                   color=_GREY)  # fmt: skip
     if len(roofs) == 1:
         ridge = highest / bytes_per_second
