@@ -6,6 +6,7 @@ Sizes are the compiler's, and addresses are those that the kernel's own code com
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 from convt_lab.columns import aligned
 from convt_lab.figures import (
     _BLUE,
+    _GREEN,
     _GREY,
     _INK,
     _PALE,
@@ -26,7 +28,9 @@ from convt_lab.figures import (
     _box,
     _cell,
     _frame,
+    _legend,
     _panels,
+    _plain,
     _ticks,
     constants,
 )
@@ -37,7 +41,7 @@ from convt_lab.stages import _ConvTransposeProblem, kernels, stages
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["register_block", "shifts"]
+__all__ = ["register_block", "shifts", "turns"]
 
 # Follows the first warpgroup of hopper.cu through a stage of one tile, with the kernel's own plan,
 # places and steps, for an instruction of so few pixels that they can be drawn.
@@ -80,6 +84,24 @@ extern "C" int follow(ConvTransposeProblem p, int tile, int* sizes, int* places,
 """
 _MOST = 4096  # places and steps
 _GAP = 0.6  # between the memory and the taps, in cells
+
+
+# What the model of cost in warpgroup_plan.cuh says about a stage of hopper.cu: its steps, those of
+# a slot of weights, and the cycles of a product and of converting.
+_DESCRIBE = """
+extern "C" int describe(ConvTransposeProblem p, double* about) {
+  using namespace warpgroups;
+  using M = Halves<false, 1>;
+  const Axis rows = rows_of(p), columns = columns_of(p);
+  Plan plan = {};
+  if (!make_plan<M>(p, rows, columns, plan) || plan.bundle > 1 || plan.phases_w > 1) return 0;
+  about[0] = plan.max_steps;
+  about[1] = plan.slot_steps;
+  about[2] = M::PIXELS / 2.0;
+  about[3] = M::CONVERTING * plan.region * plan.octets() / CONVERTERS;
+  return 1;
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -164,6 +186,96 @@ def shifts(problem: Problem, pixels: int, tile: int, output: tuple[int, int]) ->
     axes.xaxis.tick_top()
     axes.set_title("address, in units of 16 bytes", fontsize=9, color=_INK, loc="left")
     return Picture(figure, "every tap is another address", aligned(rows, left=(0,)))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """What a warpgroup does for some time, in cycles."""
+
+    warpgroup: int
+    what: str  # "small", "large" or "add"
+    begin: float
+    end: float
+
+
+def _take_turns(steps: int, slot_steps: int, rounded: int, cycles: float) -> list[_Span]:
+    """Follow both warpgroups of hopper.cu through a stage, with weights always there.
+
+    A product takes so many cycles. So does what follows on what the tensor cores have summed, as
+    many sums of a lane: they are scaled, or added.
+    """
+    chunks = []  # what is sent to the tensor cores at once
+    for first in range(0, steps, slot_steps):
+        count = min(slot_steps, steps - first)
+        chunks.append(("small", 2 * count))
+        chunks += [("large", min(rounded, count - done)) for done in range(0, count, rounded)]
+    spans, is_free, ready = [], 0.0, [0.0, 0.0]
+    for what, products in chunks:
+        for warpgroup in (0, 1):
+            begin = max(is_free, ready[warpgroup])
+            is_free = begin + products * cycles
+            ready[warpgroup] = is_free + cycles
+            spans.append(_Span(warpgroup, what, begin, is_free))
+            spans.append(_Span(warpgroup, "add", is_free, is_free + cycles))
+    return spans
+
+
+def turns(problem: Problem) -> Picture:
+    """Draw how the warps of hopper.cu share a stage's time, by the model in warpgroup_plan.cuh.
+
+    Parameters
+    ----------
+    problem
+        One that the kernel covers, with stride 1.
+
+    Returns
+    -------
+    Picture
+        The two warpgroups that multiply, and below them the warps that convert the next stage's
+        inputs. Nothing is measured: a product takes as many cycles as in the model by which the
+        kernel chooses its plans, an addition one cycle, and weights have always come. The table
+        has all of it.
+
+    Raises
+    ------
+    ValueError
+        If the kernel has no such plan for the problem.
+    """
+    source = kernels["hopper"].source + _DESCRIBE
+    library = compile_source(source, "simulator", name="describe").library
+    about = np.zeros(4)
+    pointer = ctypes.c_void_p(about.ctypes.data)
+    if not library["describe"](_ConvTransposeProblem.of(problem), pointer):
+        raise ValueError(f"problem={problem}: must be one that hopper covers, with stride 1")
+    steps, slot_steps, cycles, converting = about.tolist()
+    # Only a compiler for Hopper sees the constant.
+    rounded = int(re.search(r"constexpr int ROUNDED = (\d+);", kernels["hopper"].source)[1])
+    spans = _take_turns(int(steps), int(slot_steps), rounded, cycles)
+    looks = {
+        "small": ("small products", _PALE_BLUE),
+        "large": ("large products", _BLUE),
+        "add": ("scaled or added", _PALE_ORANGE),
+    }
+    figure, (axes,) = _panels(1, height=2.5)
+    rows = [("warpgroup", "", "from", "to")]
+    for span in spans:
+        name, fill = looks[span.what]
+        axes.barh(span.warpgroup, span.end - span.begin, 0.7, left=span.begin, color=fill,
+                  edgecolor=_INK, linewidth=0.5)  # fmt: skip
+        rows.append((str(span.warpgroup), name, f"{span.begin:.0f}", f"{span.end:.0f}"))
+    axes.barh(2, converting, 0.7, color=_GREEN, edgecolor=_INK, linewidth=0.5)
+    rows.append(("others", "converting", "0", f"{converting:.0f}"))
+    axes.set_yticks(range(3), ["first warpgroup", "second warpgroup", "converting warps"])
+    axes.set_ylim(2.6, -0.6)
+    axes.set_xlim(0, 1.01 * max(span.end for span in spans))
+    axes.set_xlabel("cycles, by the model", fontsize=9, color=_INK)
+    _plain(axes)
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    _legend(figure, [*looks.values(), ("inputs of the next stage", _GREEN)])
+    total = max(span.end for span in spans if span.what != "add")
+    busy = sum(span.end - span.begin for span in spans if span.what != "add") / total
+    numbers = f"{aligned(rows, left=(0, 1))}\ntensor cores busy: {busy:.0%} of the time"
+    return Picture(figure, "warps that take turns", numbers)
 
 
 def register_block(warps_co: int, tap: int) -> Picture:

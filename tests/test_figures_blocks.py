@@ -1,6 +1,7 @@
 """Diagrams of layouts: what they draw is what the kernels' own code does."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from matplotlib.colors import to_hex
@@ -8,7 +9,9 @@ from test_figures import cells, numbers
 
 import convt_lab as lab
 from convt_lab import Problem, figures, figures_blocks
+from convt_lab.stages import kernels
 
+GREEN = "#009e73"
 BLUE, RED, PALE, PALE_BLUE, PALE_ORANGE = "#0072b2", "#d55e00", "#ececec", "#cfe3f1", "#f9e4b7"
 SMALL = dict(in_channels=16, out_channels=128)
 
@@ -26,6 +29,7 @@ SHIFTS = {
 DRAWN = {
     **{name: lambda case=case: figures_blocks.shifts(*case) for name, case in SHIFTS.items()},
     "block": lambda: figures_blocks.register_block(4, tap=2),
+    "turns": lambda: figures_blocks.turns(Problem.named("star")),
     "wide block": lambda: figures_blocks.register_block(1, tap=6),
 }
 
@@ -161,5 +165,52 @@ def test_a_block_that_the_kernel_has_not_is_an_error():
         figures_blocks.register_block(4, tap=7)
 
 
+@pytest.mark.parametrize("sizes", [(21, 7, 4), (5, 5, 4), (9, 4, 4), (1, 1, 4)])
+def test_warpgroups_take_turns_on_the_tensor_cores(sizes):
+    steps, slot_steps, rounded = sizes
+    spans = figures_blocks._take_turns(steps, slot_steps, rounded, cycles=10)
+    products = [span for span in spans if span.what != "add"]
+    for one, other in pairwise(products):
+        assert other.begin >= one.end
+        assert other.warpgroup != one.warpgroup
+    for warpgroup in (0, 1):
+        own = [span for span in spans if span.warpgroup == warpgroup]
+        assert all(other.begin >= one.end for one, other in pairwise(own))
+        # Of each step two small products and a large one; after all that is sent there are sums.
+        cycles = {"small": 0.0, "large": 0.0, "add": 0.0}
+        for span in own:
+            cycles[span.what] += span.end - span.begin
+        slots = [min(slot_steps, steps - first) for first in range(0, steps, slot_steps)]
+        sent = sum(1 + -(-slot // rounded) for slot in slots)
+        assert cycles == {"small": 20 * steps, "large": 10 * steps, "add": 10 * sent}
+
+
+def test_turns_are_those_of_the_kernels_own_plan():
+    star = Problem.named("star")
+    picture = figures_blocks.turns(star)
+    (axes,) = picture.figure.axes
+    (pixels,) = figures.constants(
+        kernels["hopper"], "warpgroups::Halves<false, 1>::PIXELS"
+    ).values()
+    taps = star.kernel_size[0] * star.kernel_size[1]
+    length = {
+        colour: sum(p.get_width() for p in filled(axes, colour)) for colour in (PALE_BLUE, BLUE)
+    }
+    # A stage has 16 channels of every tap.
+    assert length[PALE_BLUE] == 2 * length[BLUE] == 2 * 2 * taps * pixels / 2
+    (converting,) = filled(axes, GREEN)
+    rows = [line.split() for line in picture.table().splitlines()[1:-1]]
+    assert rows[-1] == ["others", "converting", "0", f"{converting.get_width():.0f}"]
+    assert len(rows) == len(axes.patches)
+    assert picture.table().endswith("tensor cores busy: 100% of the time")
+
+
+def test_turns_without_such_a_plan_are_an_error():
+    with pytest.raises(ValueError, match="must be one that hopper covers, with stride 1"):
+        figures_blocks.turns(Problem(1, 64, 64, 8, 8, kernel_size=3, stride=2))
+    with pytest.raises(ValueError, match="must be one that hopper covers"):
+        figures_blocks.turns(Problem(1, 1, 64, 8, 8, kernel_size=3))
+
+
 def test_every_picture_is_tested():
-    assert figures_blocks.__all__ == ["register_block", "shifts"]
+    assert figures_blocks.__all__ == ["register_block", "shifts", "turns"]

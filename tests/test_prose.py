@@ -27,6 +27,7 @@ from convt_lab import (
     dispatch,
     doctor,
     figures,
+    figures_blocks,
     figures_tensor_cores,
     measure,
     measurements,
@@ -369,6 +370,12 @@ def tensor_core_rows() -> list[dict[str, dict]]:
     return [{row["name"]: row for row in shape["rows"]} for shape in shapes]
 
 
+@functools.cache
+def turns_of_star() -> list[list[str]]:
+    """The table of the hopper chapter's picture of turns, without its head and its last line."""
+    return [line.split() for line in figures_blocks.turns(STAR).table().splitlines()[1:-1]]
+
+
 def share_of_roof(kernel: str, number: str = "float32") -> float:
     """Of a tensor-core rung, on the star: what the ladder's last roofline shows."""
     roof = figures_tensor_cores.roof_of(records.load_named("nvidia-h200").ceilings, kernel, number)
@@ -488,6 +495,15 @@ CLAIMS = {
         "16 bytes": lambda: hoppers("OCTET") * 2 == 16,
         "compute capability 9.0": lambda: (
             kernels["hopper"].min_capability == (9, 0) and kernels["hopper"].architecture == "9.0a"
+        ),
+        "then two short dark bars of large ones, each with a thin bar of sums behind it, three": (
+            lambda: (
+                [row[1] for row in turns_of_star() if row[0] == "0"]
+                == 3 * ["small", "scaled", "large", "scaled", "large", "scaled"]
+            )
+        ),
+        "has one bar that ends in the first third": lambda: (
+            int(turns_of_star()[-1][-1]) < int(turns_of_star()[-2][-1]) / 3
         ),
         # In the words of another chapter.
         "four for two rows of a 3-row kernel": lambda: (
