@@ -27,6 +27,8 @@ from convt_lab import (
     dispatch,
     doctor,
     figures,
+    figures_blocks,
+    figures_tensor_cores,
     measure,
     measurements,
     operator_bench,
@@ -391,6 +393,27 @@ def tensor_core_ms(name: str) -> float:
     return tensor_core_rows()[0][name]["cold_ms"]
 
 
+@functools.cache
+def turns_of_star() -> list[list[str]]:
+    """The table of the hopper chapter's picture of turns, without its head and its last line."""
+    return [line.split() for line in figures_blocks.turns(STAR).table().splitlines()[1:-1]]
+
+
+def share_of_roof(kernel: str, number: str = "float32") -> float:
+    """Of a tensor-core rung, on the star: what the ladder's last roofline shows."""
+    roof = figures_tensor_cores.roof_of(records.load_named("nvidia-h200").ceilings, kernel, number)
+    seconds = tensor_core_rows()[0][f"{kernel}, {number}"]["cold_ms"] / 1000
+    return STAR.flops / seconds / roof.flops_per_second
+
+
+def least_traffic_to_meet_slope() -> float:
+    """Of the three rungs on tensor cores: over the bytes that must move."""
+    ceilings = records.load_named("nvidia-h200").ceilings
+    rungs = ("tensor_core", "TF32"), ("tensor_core_split", "float32"), ("hopper", "float32")
+    roofs = (figures_tensor_cores.roof_of(ceilings, *rung).flops_per_second for rung in rungs)
+    return STAR.flops / STAR.compulsory_bytes * ceilings.copy / max(roofs)
+
+
 def a_swap_costs_python() -> bool:
     """In inferences in which nearly nothing else changes."""
     after = network_record().mode("bfloat16 last").after
@@ -492,6 +515,13 @@ CLAIMS = {
         "More than three quarters of the FMA rate": lambda: (
             0.75 < records.load_named("nvidia-h200").share_of_fma("star", "register_blocked") < 0.8
         ),
+        "A block is four bars, one for each warp": lambda: (
+            constant("register_blocked", "Sizes<4>::WARPS_CO") == 4
+        ),
+        "eight rows of twelve, with a longer row of inputs": lambda: (
+            constant("register_blocked", "Sizes<4>::THREAD_CO") == 8
+            and constant("register_blocked", "Sizes<4>::THREAD_W") == 12
+        ),
         "8 bytes": lambda: constant("register_blocked", "Sizes<4>::WINDOW") % 4 == 2,  # a pair
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
     },
@@ -542,6 +572,15 @@ CLAIMS = {
         "compute capability 9.0": lambda: (
             kernels["hopper"].min_capability == (9, 0) and kernels["hopper"].architecture == "9.0a"
         ),
+        "then two short dark bars of large ones, each with a thin bar of sums behind it, three": (
+            lambda: (
+                [row[1] for row in turns_of_star() if row[0] == "0"]
+                == 3 * ["small", "scaled", "large", "scaled", "large", "scaled"]
+            )
+        ),
+        "has one bar that ends in the first third": lambda: (
+            int(turns_of_star()[-1][-1]) < int(turns_of_star()[-2][-1]) / 3
+        ),
         # In the words of another chapter.
         "four for two rows of a 3-row kernel": lambda: (
             lab.stages["winograd"].summary
@@ -575,6 +614,22 @@ CLAIMS = {
     },
     "ladder": {
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
+        "The last three rungs multiply on tensor cores": lambda: (
+            [name for name in lab.stages if name not in fma_stages]
+            == list(lab.stages)[-3:]
+            == ["tensor_core", "tensor_core_split", "hopper"]
+        ),
+        "uses a ninth of it, which leaves it below …": lambda: (
+            abs(9 * share_of_roof("tensor_core", "TF32") - 1) < 0.05
+            and tensor_core_rows()[0]["tensor_core, TF32"]["cold_ms"]
+            > records.load_named("nvidia-h200").shape("star").row("register_blocked").time_ms()
+        ),
+        "… uses more than half of a lower one, and … three quarters of its own": lambda: (
+            0.5 < share_of_roof("tensor_core_split") < 0.6 and 0.72 < share_of_roof("hopper") < 0.78
+        ),
+        "more than three times as much before one met the slope": lambda: (
+            3 < least_traffic_to_meet_slope() < 4
+        ),
     },
     "operator": {
         "on 44 shapes": lambda: len(operator_bench.shapes()) == 44,

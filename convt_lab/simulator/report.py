@@ -67,6 +67,8 @@ class Site:
 class Request:
     """The costliest request of a site, lane by lane, for pictures.
 
+    Of several that cost the same it is the first one of those in which a lane asks for most.
+
     Attributes
     ----------
     line, space, op, buffer
