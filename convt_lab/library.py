@@ -11,6 +11,7 @@ the result is asked for.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,14 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from convt_lab.plan import Plan, plan_for
 
-__all__ = ["DirectFunction", "TransformableFunction", "cast_for_autocast", "torch_operator"]
+__all__ = [
+    "DirectFunction",
+    "TransformableFunction",
+    "cast_for_autocast",
+    "convolution_backward",
+    "has_dtensor",
+    "torch_operator",
+]
 
 Tensor = torch.Tensor
 Pair = tuple[int, int]
@@ -32,6 +40,13 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch_operator = torch.ops.convt_lab.conv_transpose2d.default
+
+
+def has_dtensor(*tensors: Any) -> bool:
+    """Return whether one of these is a DTensor, without importing what defines them."""
+    # Where there is a DTensor, its module has been imported; that takes most of a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
 # ---- Computing ---------------------------------------------------------------------------------
@@ -85,7 +100,7 @@ torch.library.register_fake("convt_lab::conv_transpose2d", _pytorchs, lib=_libra
 # ---- Gradients ---------------------------------------------------------------------------------
 
 
-def _convolution_backward(
+def convolution_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -125,7 +140,7 @@ class DirectFunction(torch.autograd.Function):
         """Return the gradients of input, weight and bias."""
         input, weight = ctx.saved_tensors
         problem = ctx.problem
-        gradients = _convolution_backward(
+        gradients = convolution_backward(
             grad_output,
             input,
             weight,
@@ -160,7 +175,7 @@ class TransformableFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         """Return the gradients of input, weight and bias."""
-        gradients = _convolution_backward(
+        gradients = convolution_backward(
             grad_output,
             *ctx.saved_tensors,
             ctx.out_channels,
@@ -215,6 +230,10 @@ def _differentiable(
         # Inside of a transform of a call of the bare operator, too late for a Function. PyTorch's
         # own operator has rules for that.
         return _pytorchs(input, weight, bias, *arguments)
+    if has_dtensor(input, weight, bias):
+        from convt_lab.distributed import conv_transpose2d_dtensor
+
+        return conv_transpose2d_dtensor(input, weight, bias, *arguments)
     is_needed = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, weight, bias)
     )

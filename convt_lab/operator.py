@@ -1,9 +1,9 @@
 """The operator for engineers: `conv_transpose2d` in PyTorch's place.
 
 On a CUDA GPU a call runs on the kernel that `convt_lab.dispatch` chooses for it, which may be
-PyTorch's own; PyTorch's own backward gives the gradients. Whatever else a call may be (other
-devices and dtypes, subclasses of tensors) is handed to PyTorch, as is everything whose kernel can't
-be built here.
+PyTorch's own; PyTorch's own backward gives the gradients. DTensors go to `convt_lab.distributed`.
+Whatever else a call may be (other devices and dtypes, other subclasses of tensors) is handed to
+PyTorch, as is everything whose kernel can't be built here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from convt_lab.library import (
     DirectFunction,
     TransformableFunction,
     cast_for_autocast,
+    has_dtensor,
     torch_operator,
 )
 from convt_lab.plan import DTYPES, has_kernels, plan_for
 from convt_lab.problem import Problem, ProblemError
 
-__all__ = ["conv_transpose2d"]
+__all__ = ["conv_transpose2d", "conv_transpose2d_between"]
 
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -82,6 +83,8 @@ def conv_transpose2d(
     deterministic. float32 is computed with TF32 only if ``torch.backends.cudnn`` allows that for
     convolutions (``conv.fp32_precision``, or ``allow_tf32``).
 
+    DTensors may be split by images, rows, channels or groups; `convt_lab.distributed` says how.
+
     ``torch.compile`` sees the operator ``torch.ops.convt_lab.conv_transpose2d``. ``torch.export``
     and ``torch.jit.trace`` see PyTorch's own, so that what they write runs without this package.
 
@@ -94,6 +97,10 @@ def conv_transpose2d(
     if torch.compiler.is_compiling():
         return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not _may_be_ours(input, weight, bias):
+        if has_dtensor(input, weight, bias):
+            return _on_dtensors(
+                input, weight, bias, stride, padding, output_padding, groups, dilation
+            )
         return _pytorchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if input.dim() == 3:
         return conv_transpose2d(
@@ -119,6 +126,46 @@ def conv_transpose2d(
     ):
         return DirectFunction.apply(*tensors, plan)
     return plan(*tensors)
+
+
+def conv_transpose2d_between(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arguments: tuple,
+    above: int,
+    below: int,
+) -> torch.Tensor:
+    """Compute an output without its first and last rows, in memory of its own.
+
+    There is no autograd and no autocast in it, nor are the tensors DTensors.
+
+    Parameters
+    ----------
+    input, weight, bias
+        As in `conv_transpose2d`, batched.
+    arguments
+        stride, padding, output_padding, groups and dilation, as pairs; padding[0] and
+        output_padding[0] are 0.
+    above, below
+        How many rows are left out at the start and at the end, at least 0; at least one is left.
+    """
+    stride, padding, output_padding, groups, dilation = arguments
+    if _may_be_ours(input, weight, bias) and torch._C._len_torch_dispatch_stack() == 0:
+        cropped = (stride, (above, padding[1]), output_padding, groups, dilation)
+        try:
+            plan = plan_for(input, weight, bias, *cropped, cropped_rows=below - above)
+        except ProblemError:
+            plan = None  # padding crops at the end, too, and more than there is
+        if plan is not None and not plan.is_pytorchs:
+            return plan(input, weight, bias)
+    output = conv_transpose2d(input, weight, bias, *arguments)
+    if not above and not below:
+        return output
+    is_last = not output.is_contiguous() and output.is_contiguous(memory_format=torch.channels_last)
+    return output[:, :, above : output.shape[2] - below].contiguous(
+        memory_format=torch.channels_last if is_last else torch.contiguous_format
+    )
 
 
 def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -170,6 +217,8 @@ def _traced(
     dilation: Any,
 ) -> torch.Tensor:
     """Call what a compiler shall see. Sizes may be symbols, so nothing asks for their values."""
+    if has_dtensor(input, weight, bias):
+        return _on_dtensors(input, weight, bias, stride, padding, output_padding, groups, dilation)
     # Not is_exporting(): torch 2.11's compiler takes that to be always true.
     if (
         torch.compiler._is_exporting_flag
@@ -192,6 +241,13 @@ def _traced(
         _pair(dilation),
     )
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+def _on_dtensors(*arguments: Any) -> torch.Tensor:
+    # What it needs of PyTorch takes longer to import than all of this package.
+    from convt_lab.distributed import conv_transpose2d_dtensor
+
+    return conv_transpose2d_dtensor(*arguments)
 
 
 def _pair(value: Any) -> Any:

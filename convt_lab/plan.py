@@ -17,7 +17,7 @@ from convt_lab import dispatch
 from convt_lab.build import BuildError
 from convt_lab.errors import CompileError
 from convt_lab.launcher import Launcher
-from convt_lab.problem import Problem
+from convt_lab.problem import CroppedProblem, Problem
 from convt_lab.stages import kernels
 
 __all__ = ["DTYPES", "Plan", "allows_tf32", "has_kernels", "plan_for"]
@@ -94,6 +94,7 @@ class Plan:
         bias: torch.Tensor | None,
         arguments: tuple,
         tf32: bool,
+        cropped_rows: int = 0,
     ) -> Plan:
         """Check the call, choose a kernel for it and build that.
 
@@ -105,6 +106,8 @@ class Plan:
         problem = Problem.from_shapes(
             input.shape, weight.shape, None if bias is None else bias.shape, *arguments
         )
+        if cropped_rows:
+            problem = CroppedProblem.of(problem, cropped_rows)
         if not _is_computable(input, weight, bias) or 0 in problem.output_shape:
             return cls(problem)
         dtype, device = input.dtype, input.device
@@ -156,8 +159,12 @@ def plan_for(
     output_padding: int | tuple[int, ...],
     groups: int,
     dilation: int | tuple[int, ...],
+    cropped_rows: int = 0,
 ) -> Plan:
     """Return the plan for a call with a batched input, all tensors of which are dense.
+
+    With `cropped_rows`, the plan's output lacks its last rows (`CroppedProblem`); if it is
+    PyTorch's, who has no argument for that, whoever asks must crop.
 
     Raises
     ------
@@ -183,12 +190,13 @@ def plan_for(
         weight.device,
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
         tf32,
+        cropped_rows,
         torch._C._get_cudnn_enabled(),
         dispatch.generation,
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan.make(input, weight, bias, arguments, tf32)
+        plan = Plan.make(input, weight, bias, arguments, tf32, cropped_rows)
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = plan

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -482,6 +482,33 @@ class Problem:
             groups=groups,
             bias=bias_shape is not None,
         )
+
+
+@dataclass(frozen=True)
+class CroppedProblem(Problem):
+    """A problem whose output ends elsewhere: what one rank computes of an image (`distributed`).
+
+    No argument of PyTorch's says so, as padding crops as many rows at the start as at the end.
+
+    Parameters
+    ----------
+    cropped_rows : int
+        How many more rows of the output are left out at its end; negative for more rows instead.
+    """
+
+    cropped_rows: int = 0
+
+    @cached_property
+    def axes(self) -> tuple[Axis, Axis]:
+        """The two spatial axes, (rows, columns)."""
+        rows, columns = Problem.axes.func(self)
+        return replace(rows, out_size=rows.out_size - self.cropped_rows), columns
+
+    @classmethod
+    def of(cls, problem: Problem, cropped_rows: int) -> CroppedProblem:
+        """Crop the output of `problem`."""
+        values = {field.name: getattr(problem, field.name) for field in fields(Problem)}
+        return cls(**values, cropped_rows=cropped_rows)
 
 
 _LOWEST_INTEGER = {

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pytest
 
 import convt_lab as lab
-from convt_lab import figures
+from convt_lab import decoder_record, figures
+from convt_lab.decoder import SegmentationNet
 from convt_lab.exercises import cuda
 from convt_lab.exercises.exercise import edited
 from convt_lab.program import compile as compile_source
@@ -101,6 +103,28 @@ WRONG = {
         changed("winograd.3", "d[2] - d[1], even", "d[1] - d[2], even"),
         r"With 1 channels, 4 inputs: y\[0\] is .* and should be",
     ),
+    "ladder.1": (
+        changed(
+            "ladder.1",
+            "max(fmas, dram, first_level, issuing)",
+            "fmas + dram + first_level + issuing",
+        ),
+        r"coalesced star: yours 13\d\.\d+ ms of 124\.983, more than it took",
+    ),
+    "ladder.2": (
+        changed("ladder.2", "math.ceil(blocks / places)", "max(1, blocks / places)"),
+        r"batch 8, 225 blocks for 132 places: yours 0\.099 ms, measured 0\.115; at most 10% off",
+    ),
+    "ladder.3": (
+        changed("ladder.3", "i >= 0 and ", ""),
+        r"width 32, 3 taps: \d+ sectors are wrong; the simulator counts fewer",
+    ),
+    "ladder.4": (
+        changed(
+            "ladder.4", "    __syncthreads();  // nobody reads the channel before any more\n", ""
+        ),
+        r"With 3 input channels, .* race in line \d+: .* of 'inputs' with no barrier between",
+    ),
     "tensor_core.1": (
         lambda row, half: 8 * row + 4 * (half ^ row % 2),
         r"shared stores: at most 4 wavefronts per request; yours: 8",
@@ -125,6 +149,62 @@ WRONG = {
         changed("tensor_core_split.3", "    mma<Tf32>(part, a_low, b_high);\n", ""),
         r"With depth 8: c\[0, 0\] is .* and should be",
     ),
+    "hopper.1": (
+        changed("hopper.1", "- padding", "- 2 * padding"),
+        r"width 6, 7 taps, padding 3: rows are 6 positions apart, and y\[0, 3\] is .* and should",
+    ),
+    "hopper.2": (
+        changed("hopper.2", "2 * subchunk * region", "subchunk * region"),
+        r"step 4 of 2×2 taps, .* begins at position 152 of octet 1, and .* position 152 of octet 2",
+    ),
+    "hopper.3": (
+        changed("hopper.3", "(round + 1) % 2", "1"),
+        r"count 1: use 1 fills buffer 0 before use 0 is read",
+    ),
+    "hopper.4": (
+        changed("hopper.4", "  __syncthreads();\n", ""),
+        r"race in line \d+: .* of 'axis' with no barrier between them",
+    ),
+    "operator.1": (
+        changed("operator.1", "2.0 ** (15 - exponent)", "float(np.float32(32768) / largest)"),
+        r"normal values: scale=[\d.]+ is no power of two, so dividing rounds",
+    ),
+    "operator.2": (
+        changed("operator.2", "stride) > max(", "stride) > 2 * max("),
+        r"at most 1\.5 times; yours: 2\.79 kernelbench 81: hopper, 2\.79 times",
+    ),
+    "operator.3": (
+        changed("operator.3", ">= 1.2", ">= 1"),
+        r"slower than PyTorch: at most 5%; yours: [6-9]\.\d% .* at least 1\.7 .*; yours: 1\.7",
+    ),
+    "operator.4": (
+        changed("operator.4", "make_float2(even, odd)", "make_float2(odd, even)"),
+        r"With 1 channels of 1 inputs: y\[0, 0\] is .* and should be",
+    ),
+    "decoder.1": (
+        changed("decoder.1", " if left > 0 else None", ""),
+        r"a share of 0\.457, wanted 2: -\d+\.\d+, but with no time at all .* so it must be None",
+    ),
+    "decoder.2": (
+        changed(
+            "decoder.2",
+            "type(module) is torch.nn.ConvTranspose2d",
+            "isinstance(module, torch.nn.ConvTranspose2d)",
+        ),
+        r"not yet A layer of a subclass: it must be left .* A layer with weight_norm: it must be",
+    ),
+    "decoder.3": (
+        changed("decoder.3", "error(after, name) <= max", "not error(after, name) > max"),
+        r"a NaN among the scores: yours says True, but NaN is never right .* missing: yours says",
+    ),
+    "decoder.4": (
+        changed("decoder.4", "(taps - 1) / 2", "taps // 2"),
+        r"factor 2: the inner output\[0\] is .* and should be",
+    ),
+    "decoder.5": (
+        changed("decoder.5", "(oh + 1) / 2 - kh, 0)", "(oh + 1) / 2 - kh, 1)"),
+        r"With an image of 3×5: y\[0, 0\] is .* and should be",
+    ),
     "simulator.1": (
         (2, 4, 6, 8, 10, 12, 14, 16),
         r"stride 3: 6 is wrong; the simulator counts fewer",
@@ -141,6 +221,108 @@ WRONG = {
         r"With 3 rows of 50.* out_of_bounds in line 4: .* of 'x'",
     ),
 }
+
+
+# More of them, each wrong in another way.
+ALSO_WRONG = [
+    (
+        "ladder.1",
+        lambda counts, gpu: float("nan"),
+        "naive_gather star: it returns nan, which is no",
+    ),
+    ("ladder.2", lambda blocks, places, one_block: 0, "batch 1: it returns 0, which is no time"),
+    ("ladder.3", lambda width, taps: width, "it returns 32 and should return two counts"),
+    (
+        "operator.1",
+        changed("operator.1", "(15 - exponent)", "(17 - exponent)"),
+        r"normal values: high of -?\d\.\d+ is -?inf",
+    ),
+    (
+        "operator.1",
+        changed("operator.1", "2048).astype", "2).astype"),
+        r"normal values: .* is split into .* miss more than 4 units of a float32's rounding",
+    ),
+    ("operator.1", lambda values: (values, values, 1.0), "normal values: high must be float16 of"),
+    (
+        "operator.1",
+        changed("operator.1", " if largest > 0 else 0", " if largest > 0 else 2000"),
+        "zero values: scale=0.0 is no power of two",
+    ),
+    ("operator.2", lambda problem, kernels: "hopper", "it returns 'hopper'; this problem is taken"),
+    ("operator.3", lambda near: None, "it returns None, and should return 'pytorch' or one of"),
+    ("operator.3", lambda near: "pytorch", r"slower .* yours: 0\.0% .* 1\.7 times .* yours: 1\.00"),
+    (
+        "operator.4",
+        changed("operator.4", "INPUTS = 2;", "INPUTS = 1;"),
+        r"global loads: at most 80 requests; yours: 128, line \d+ .*window\[j\]",
+    ),
+    ("decoder.1", lambda share, wanted: None, "wanted 1.05: None is no speed-up"),
+    (
+        "decoder.2",
+        lambda model, layer_class: model,
+        "A model of three layers: the layer '0' is not",
+    ),
+    (
+        "decoder.2",
+        start("decoder.2"),
+        "an optimizer: .* Parameters of its own.* a hook: .* no longer called.* in eval mode: .* "
+        "used twice: one layer has become two.* nothing more: it is not swapped.* a subclass: it "
+        "must be left alone.* weight_norm: it raises RuntimeError",
+    ),
+    ("decoder.2", lambda model, layer_class: None, "it must return the model that it was given"),
+    ("decoder.3", lambda before, after, exact: 1, "it returns 1, and should return True or False"),
+    ("decoder.3", lambda *_: True, "a layer that has lost digits: yours says True, but errors are"),
+    (
+        "decoder.3",
+        changed("decoder.3", "max(1e-6, 2 * error(before, name))", "2 * error(before, name)"),
+        "a loss that was exact by luck, and is one rounding off now: yours says False",
+    ),
+    ("decoder.4", lambda factor: np.ones(4), "factor 1: 1 weights are wanted, not shape"),
+    ("hopper.1", lambda width, taps, padding: 0, "padding 0: 0 is no distance from one row to the"),
+    ("hopper.2", lambda *_: 1.5, "step 0 of 1×1 taps, pitch 16, region 200: 1.5 is no integer"),
+    (
+        "hopper.2",
+        lambda *_: 0,
+        "region 200: the matrix begins at unit 0, which is outside the tile's",
+    ),
+    (
+        "hopper.2",
+        changed("hopper.2", "8 << 32", "16 << 32"),
+        "the next eight pixels are said to be 16 units on, and are 8",
+    ),
+    ("hopper.3", lambda use, count: 0, r"turn\(0, 1\) is 0: it must be three integers"),
+    (
+        "hopper.3",
+        lambda use, count: (use, 0, 1),
+        r"turn\(1, 1\) is \(1, 0, 1\): it must be a buffer",
+    ),
+    ("hopper.3", lambda use, count: (0, 0, 1), "use 1 fills buffer 0 before use 0 is read"),
+    (
+        "hopper.3",
+        lambda use, count: (0, use % 2, (use + 1) % 2),
+        "count 2: the first round leaves some buffers out",
+    ),
+    (
+        "hopper.3",
+        lambda use, count: (use % count, use // count % 2, use // count % 2),
+        "before use 0 is read, both sides wait for ever",
+    ),
+    (
+        "hopper.3",
+        lambda use, count: (use % count, (use // count + 1) % 2, (use // count + 1) % 2),
+        "reads buffer 0, in which there is nothing yet",
+    ),
+    (
+        "hopper.4",
+        changed("hopper.4", "&& ww < width;", ";"),
+        r"With an image of 1×1, .* out_of_bounds in line \d+: .* byte 4 of 'x', which is outside",
+    ),
+    (
+        "ladder.4",
+        changed("ladder.4", "THREAD_W = 4, THREAD_CO = 2;", "THREAD_W = 2, THREAD_CO = 4;"),
+        r"right values .* shared loads: at least 2 FMAs per load; yours: 1\.56, line \d+",
+    ),
+]
 
 
 def text_of(result) -> str:
@@ -171,6 +353,19 @@ def test_a_wrong_answer_is_told_what_is_wrong(name):
     result = check(name, answer)
     assert result.passed is False
     assert str(result).startswith(f"{name}: not yet\n")
+    assert re.search(message, text_of(result)), result
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        pytest.param(*one, id=f"{one[0]}-{[name for name, *_ in ALSO_WRONG[:i]].count(one[0]) + 1}")
+        for i, one in enumerate(ALSO_WRONG)
+    ],
+)
+def test_another_wrong_answer_is_told_what_is_wrong(name, answer, message):
+    result = check(name, answer)
+    assert result.passed is False
     assert re.search(message, text_of(result)), result
 
 
@@ -217,6 +412,33 @@ def test_hints_and_reasons_hold_no_number_that_nothing_compares(name):
             "coalesced.2",  # any tile that is a whole number of warps wide
             changed("coalesced.2", "TILE_H = 4;", "TILE_H = 8;").replace("W = 64;", "W = 32;"),
         ),
+        ("ladder.2", lambda blocks, places, one_block: -(-blocks // places) * one_block),
+        (
+            "ladder.4",  # other register blocks
+            changed("ladder.4", "THREAD_W = 4, THREAD_CO = 2;", "THREAD_W = 8, THREAD_CO = 1;"),
+        ),
+        (
+            "hopper.3",  # as the kernel has it
+            lambda use, count: (use % count, use // count & 1, use // count & 1 ^ 1),
+        ),
+        (
+            "operator.1",  # a smaller scale
+            changed("operator.1", "(15 - exponent)", "(14 - exponent)"),
+        ),
+        (
+            "operator.3",  # more caution, and the nearer problems count more
+            """
+def guess(near):
+    found = {}
+    for distance, ratios in near[:4]:
+        for kernel, ratio in ratios.items():
+            found.setdefault(kernel, []).append((1 / (0.5 + distance), np.log(ratio)))
+    means = {k: sum(w * r for w, r in of) / sum(w for w, _ in of) for k, of in found.items()}
+    best = max(means, key=means.get)
+    return best if means[best] >= np.log(1.25) else "pytorch"
+""",
+        ),
+        ("operator.4", changed("operator.4", "INPUTS = 2;", "INPUTS = 4;")),
     ],
 )
 def test_another_answer_that_is_right(name, answer):
@@ -253,6 +475,38 @@ def test_how_many_loads_the_register_blocks_save():
     }
     assert 3 < saved["register_blocked.2"] < 4
     assert saved["register_blocked.3"] == 4
+
+
+def test_rules_that_pick_the_fastest_for_the_decoders_layers():
+    names: dict = {}
+    exec(solution("operator.2").answer, names)
+    for alone in decoder_record.find("nvidia-h200-decoder").mode("float32").alone.values():
+        seconds = alone.seconds
+        assert names["choose"](alone.problem, set(seconds)) == min(seconds, key=seconds.get)
+
+
+def test_the_decoder_begins_with_tents():
+    names: dict = {"np": np}
+    exec(solution("decoder.4").answer, names)
+    weight = SegmentationNet(classes=3, width=1).up4.weight.detach().numpy()
+    tent = names["bilinear"](2)
+    assert np.array_equal(weight, np.broadcast_to(np.outer(tent, tent), weight.shape))
+
+
+def test_the_least_pitch_is_the_kernels():
+    source = """
+    #include "warpgroup_plan.cuh"
+    extern "C" int pitch(int width, int taps, int padding) {
+      const int out_width = width + taps - 1 - 2 * padding;
+      const Axis axis = make_axis(width, out_width, taps, 1, padding, 1);
+      return warpgroups::Reach(axis, 1).positions(out_width, taps - 1, false);
+    }
+    """
+    library = compile_source(source, "simulator", name="pitch").library
+    names: dict = {}
+    exec(solution("hopper.1").answer, names)
+    for sizes in ((6, 7, 0), (5, 1, 0), (6, 7, 3), (9, 4, 1), (3, 5, 2), (40, 7, 5)):
+        assert names["pitch"](*sizes) == library.pitch(*sizes)
 
 
 # --- what is said of answers in CUDA --------------------------------------------------------------
@@ -370,12 +624,26 @@ def test_a_launcher_without_end_or_with_a_crash_brings_nothing_down(monkeypatch)
         ("tensor_core_split.2", lambda parts: [(0, 3)], r"\(0, 3\) must be a pair of different"),
         ("tensor_core_split.1", lambda v, r: (r(v),), "returns 1 parts and should return two"),
         ("winograd.1", lambda d, g: [d[0] * d[1]] * 4, "raises TypeError"),
+        (
+            "operator.3",
+            lambda near: near[99],
+            r"guess\(\[\(.{50,60}…\) raises IndexError: list index out of range",
+        ),
     ],
 )
 def test_what_is_no_answer_is_told_and_not_raised(name, answer, message):
     result = check(name, answer)
     assert not result.passed
     assert re.search(message, text_of(result)), result
+
+
+def test_what_fails_before_the_answer_is_called_is_not_its_fault(monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError("no such record")
+
+    monkeypatch.setattr("convt_lab.records.load_named", missing)
+    with pytest.raises(FileNotFoundError, match="no such record"):
+        check("ladder.1", solution("ladder.1"))
 
 
 def test_nan_is_never_right():

@@ -15,7 +15,11 @@ from typing import Any
 
 from convt_lab.exercises import (
     coalesced,
+    decoder,
+    hopper,
+    ladder,
     naive_gather,
+    operator,
     register_blocked,
     scatter_reference,
     shared_tiled,
@@ -29,8 +33,8 @@ from convt_lab.exercises.exercise import Exercise, Hints, Result, Solution
 __all__ = ["Result", "check", "hint", "hints", "names", "solution", "start"]
 
 _CHAPTERS = (
-    *(scatter_reference, naive_gather, coalesced, shared_tiled, register_blocked, winograd),
-    *(tensor_core, tensor_core_split, simulator),
+    *(scatter_reference, naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
+    *(tensor_core, tensor_core_split, hopper, operator, decoder, simulator),
 )
 _EXERCISES = MappingProxyType(
     {exercise.name: exercise for chapter in _CHAPTERS for exercise in chapter.EXERCISES}
@@ -67,6 +71,9 @@ def check(name: str, answer: Any, backend: str = "simulator") -> Result:
         If there is no such exercise or back end. Nothing is raised for what is wrong in the answer.
     BuildError
         If there is no compiler that works, or no GPU where one is asked for.
+    RecordError, FileNotFoundError
+        If an exercise compares with a record that is not there: ``records`` is a folder of the
+        repository, and an installed package has none.
 
     Notes
     -----

@@ -15,6 +15,9 @@ from convt_lab.exercises.exercise import Exercise, Result, Source, edited
 
 __all__ = ["FunctionExercise", "NumbersExercise"]
 
+#: Characters of an argument that a message shows.
+LONGEST = 60
+
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionExercise(Exercise):
@@ -80,8 +83,9 @@ class FunctionExercise(Exercise):
         try:
             wrong, right = self.judge(recorded)
         except Exception as error:  # the learner's own: told, not raised
-            place = calls[-1] if calls else self.function
-            return self.failed(*note, f"{place} raises {type(error).__name__}: {error}")
+            if not calls:  # not yet: a record is missing, say
+                raise
+            return self.failed(*note, f"{calls[-1]} raises {type(error).__name__}: {error}")
         return self.failed(*note, wrong) if wrong else self.passed(right)
 
     def _run_text(self, text: str) -> Callable | None:
@@ -101,12 +105,13 @@ class FunctionExercise(Exercise):
 
 
 def _shown_call(name: str, arguments: Sequence[Any]) -> str:
-    """Write a call, with the shapes of arrays in place of their values."""
+    """Write a call, with the shapes of arrays in place of their values, and nothing at length."""
     shown = [
         f"<array {list(a.shape)}>" if isinstance(a, np.ndarray) and a.size > 8 else repr(a)
         for a in arguments
     ]
-    return f"{name}({', '.join(shown)})"
+    short = [text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in shown]
+    return f"{name}({', '.join(short)})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -633,8 +633,8 @@ OPERATOR = (
         "a-plan-for-another-precision",
         "a call takes the plan that was made when TF32 was not allowed",
         "plan.py",
-        "        tf32,\n        torch._C",
-        "        torch._C",
+        "        tf32,\n        cropped_rows",
+        "        cropped_rows",
         "test_operator.py::TestDtypes::test_tf32_is_asked_for_as_pytorch_does",
     ),
     mutant(
@@ -878,6 +878,70 @@ EXERCISES = (
         "\\n{answer}",
         "test_exercises.py::test_the_kernel_alone_is_enough_and_has_lines_of_its_own",
     ),
+    mutant(
+        "exercises-let-rows-lie-far-apart",
+        "a flat axis with more zeros than it needs passes",
+        "exercises/hopper.py",
+        "if np.array_equal(_on_one_axis(x, w, padding, int(found) - 1), exact):",
+        "if False:",
+        "test_exercises.py::test_the_start_does_not_pass[hopper.1]",
+    ),
+    mutant(
+        "exercises-forget-the-first-phase",
+        "a buffer that nobody has used yet is taken for one that is still to be read",
+        "exercises/hopper.py",
+        "return (phases[barrier][buffer] - 1) % 2 == parity",
+        "return phases[barrier][buffer] % 2 == parity",
+        "test_exercises.py::test_the_solution_passes[hopper.3]",
+    ),
+    mutant(
+        "exercises-let-a-swap-lose-hooks",
+        "a swap after which a hook is no longer called passes",
+        "exercises/decoder.py",
+        'return None if seen else "a hook',
+        'return None if True else "a hook',
+        "test_exercises.py::test_another_wrong_answer_is_told_what_is_wrong[decoder.2-2]",
+    ),
 )
 
-MUTANTS = (*KERNELS, *OPERATOR, *EXERCISES)
+# ---- Several ranks -----------------------------------------------------------------------------
+
+RANKS = "test_distributed.py::test_ranks_agree_with_one_process[2-ranks"
+ROW_PLANS = "test_distributed.py::TestRowPlan"
+
+DISTRIBUTED = (
+    mutant(
+        "overlap-without-dilation",
+        "the rows that a rank adds to are counted as if the kernel's rows were neighbours",
+        "distributed.py",
+        "rows.padding + (rows.kernel - 1) * rows.dilation",
+        "rows.padding + (rows.kernel - 1)",
+        f"{ROW_PLANS}::test_the_overlap_is_as_derived[5-2-1]",
+    ),
+    mutant(
+        "rows-after-the-last-lost",
+        "nobody owns the output rows below the last input row's first",
+        "distributed.py",
+        "ends = [*starts[1:], rows.out_size]",
+        "ends = [*starts[1:], min(rows.out_size, starts[-1] + 1)]",
+        f"{ROW_PLANS}::test_rows_are_owned_once[0-heights1]",
+    ),
+    mutant(
+        "bias-of-every-part-of-a-sum",
+        "where input channels are split, each rank adds the bias to its part of the sum",
+        "distributed.py",
+        "if bias is not None and not _is_first(mesh",
+        "if False and not _is_first(mesh",
+        f"{RANKS}-dtensors_of_every_placement]",
+    ),
+    mutant(
+        "rows-cropped-at-the-wrong-end",
+        "a kernel that leaves out rows at the start leaves out as many at the end",
+        "problem.py",
+        "out_size=rows.out_size - self.cropped_rows",
+        "out_size=rows.out_size",
+        "test_cropped_rows.py::test_every_kernel[coalesced-cpu]",
+    ),
+)
+
+MUTANTS = (*KERNELS, *OPERATOR, *EXERCISES, *DISTRIBUTED)
