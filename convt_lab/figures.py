@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Listing",
     "Picture",
+    "Roof",
+    "RooflinePoint",
     "banks",
     "bars",
     "coalescing",
@@ -52,6 +54,7 @@ __all__ = [
     "halo",
     "layer_times",
     "listing",
+    "pixels_of",
     "promotion",
     "request",
     "residues",
@@ -400,8 +403,8 @@ def request(lanes: Mapping[str, tuple[np.ndarray, np.ndarray]], sector_pixels: i
     Parameters
     ----------
     lanes
-        For each panel's title the rows h and columns w that the lanes read. Rows are assumed to
-        begin at a sector's start.
+        For each panel's title the rows h and columns w that the lanes read: of a traced request,
+        those that `pixels_of` returns. Rows are assumed to begin at a sector's start.
     sector_pixels
         Pixels in one sector.
 
@@ -443,6 +446,36 @@ def request(lanes: Mapping[str, tuple[np.ndarray, np.ndarray]], sector_pixels: i
         axes.set_ylabel("h", color=_INK, rotation=0, labelpad=10)
         axes.set_xlabel("w", color=_INK, labelpad=1)
     return Picture(figure, "pixels a warp asks for and sectors it gets")
+
+
+def pixels_of(request: Request, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which pixels a traced request touched, as `request` draws them.
+
+    Parameters
+    ----------
+    request
+        Of global memory, to a float32 buffer of rows; each lane asks for one value.
+    width
+        Of a row, in values.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        The row and the column of each lane that took part. Rows are counted from the buffer's
+        beginning, through all of its planes.
+
+    Raises
+    ------
+    ValueError
+        If the request is of shared memory, or its lanes ask for more than a value each.
+    """
+    if request.space != "global" or request.bytes != 4:
+        raise ValueError(
+            f"request={_title(request)}: must be of global memory, 4 bytes for each lane"
+        )
+    values = np.array([offset // 4 for offset in request.offsets if offset is not None])
+    h, w = np.divmod(values, width)
+    return h, w
 
 
 def halo(tile: tuple[int, int], kernel: tuple[int, int]) -> Picture:
@@ -1040,14 +1073,13 @@ def bars(record: Record, *names: str) -> Picture:
             lower = row.kind != "stage" and not row.name.startswith(_FLOAT32)
             color = _BLUE if row.kind == "stage" else _PALE_ORANGE if lower else _ORANGE
             axes.barh(i, time, 0.7, color=color, edgecolor=_ORANGE if lower else color)
-            axes.text(
-                time * 1.12, i, f"{time:,.3g}", va="center", fontsize=8, color=_INK,
-                bbox=dict(facecolor="white", edgecolor="none", pad=0.5),
-            )  # fmt: skip
         times = [time for *_, time in timed]
         axes.set_xscale("log")
-        axes.set_xlim(min(times) / 2, max(times) * 5)
+        axes.set_xlim(min(times) / 2, max(times) * 6)
         axes.set_ylim(len(labels) - 0.4, -0.6)
+        for i, _, time in timed:  # in a column, out of the line's way
+            axes.text(max(times) * 6, i, _three_digits(time), ha="right", va="center",
+                      fontsize=8, color=_INK)  # fmt: skip
         axes.set_yticks(range(len(labels)), labels if axes is panels[0] else [""] * len(labels))
         if record.ceilings.fp32_fma:
             least = 1000 * shape.problem.flops / record.ceilings.fp32_fma
@@ -1094,87 +1126,212 @@ def _speeds(record: Record, shape: Shape) -> str:
     return aligned(rows, left=(0,))
 
 
+@dataclass(frozen=True)
+class Roof:
+    """A ceiling of arithmetic.
+
+    Attributes
+    ----------
+    name
+        What multiplies, and how.
+    flops_per_second
+        By the operator's definition: a way that needs three products for each has a third of the
+        instructions' rate.
+    """
+
+    name: str
+    flops_per_second: float
+
+
+#: How `roofline` marks each kind of point, and what its legend calls it.
+_POINTS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "measured": ("bytes as profiled", dict(marker="o", mfc=_BLUE, mec="white")),
+    "executed": ("as executed", dict(marker="o", mfc="white", mec=_BLUE)),
+    "fewest bytes": ("bytes that must move", dict(marker="<", mfc=_GREEN, mec="white")),
+    "bound": ("at most", dict(marker="D", mfc="white", mec=_BLUE)),
+}
+
+
+@dataclass(frozen=True)
+class RooflinePoint:
+    """Where something stands on a roofline.
+
+    Attributes
+    ----------
+    intensity
+        FLOP for each byte from and to DRAM.
+    flops_per_second
+        Its rate.
+    roof
+        The name of the roof that it stands under; the first one's if None.
+    kind
+        ``"measured"``, by the definition's FLOP and a profiler's bytes; ``"executed"``, by the FLOP
+        that a kernel really did; ``"fewest bytes"``, where no bytes were measured and those that
+        must move stand in, so that the point may belong further left; or ``"bound"``, for a rate
+        that nothing exceeds.
+    """
+
+    intensity: float
+    flops_per_second: float
+    roof: str | None = None
+    kind: str = "measured"
+
+
 def roofline(
-    flops_per_second: float,
-    bytes_per_second: float,
-    points: Mapping[str, tuple[float, float]],
-    executed: Mapping[str, float] | None = None,
+    roofs: Sequence[Roof], bytes_per_second: float, points: Mapping[str, RooflinePoint]
 ) -> Picture:
-    """Draw a GPU's two ceilings and where kernels stand below them.
+    """Draw a GPU's ceilings and where kernels stand below them.
 
     Parameters
     ----------
-    flops_per_second, bytes_per_second
-        The ceilings.
+    roofs
+        The ceilings of arithmetic, at least one.
+    bytes_per_second
+        That of memory.
     points
-        Of each kernel its FLOP by definition for each byte from and to DRAM, and those for each
-        second.
-    executed
-        What a kernel really did, in FLOP for each second, where it is much less than by definition:
-        drawn hollow, at the bytes of the same kernel.
+        By name. Those in one place share their label, and each but the first is a ring around it.
 
     Returns
     -------
     Picture
-        Both axes are logarithmic. The table has the points and how far below the roof they are.
+        Both axes are logarithmic; the ridge of a single roof is marked. The table has the points
+        and how far below their roof they are.
+
+    Raises
+    ------
+    ValueError
+        If a point's roof or kind is none.
     """
-    executed = dict(executed or {})
-    figure, (axes,) = _panels(1, height=3.9)
-    ridge = flops_per_second / bytes_per_second
-    intensities = [i for i, _ in points.values()]
-    left, right = min([ridge, *intensities]) / 4, max([ridge, *intensities]) * 8
-    axes.plot(
-        [left, ridge, right],
-        [left * bytes_per_second / 1e12, flops_per_second / 1e12, flops_per_second / 1e12],
-        color=_INK,
-        linewidth=1.6,
-    )
-    rows = [("", "FLOP/byte", "TFLOP/s", "roof", "of the roof")]
-    for name, (intensity, rate) in points.items():
-        roof = min(flops_per_second, intensity * bytes_per_second)
+    by_name = {roof.name: roof.flops_per_second for roof in roofs}
+    for name, point in points.items():
+        if point.roof not in (None, *by_name):
+            raise ValueError(f"roof={point.roof!r} of {name}: must be one of {[*by_name]}")
+        if point.kind not in _POINTS:
+            raise ValueError(f"kind={point.kind!r} of {name}: must be one of {[*_POINTS]}")
+    tall = 3.9 if len(roofs) == 1 else 5.4
+    figure, (axes,) = _panels(1, height=tall)
+    highest = max(by_name.values())
+    intensities = [highest / bytes_per_second, *(point.intensity for point in points.values())]
+    left = min([min(by_name.values()) / bytes_per_second, *intensities]) / 4
+    right = max(intensities) * 8
+    rates = [point.flops_per_second for point in points.values()]
+    bottom, top = min([left * bytes_per_second, *rates]) / 2e12, 2e-12 * max([*rates, highest])
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
+    for roof in roofs:
+        ridge, rate = roof.flops_per_second / bytes_per_second, roof.flops_per_second / 1e12
+        axes.plot([left, ridge, right], [left * bytes_per_second / 1e12, rate, rate],
+                  color=_INK, linewidth=1.6)  # fmt: skip
+        axes.text(ridge * 1.5, 1.14 * rate, f"{roof.name}, {rate:.0f} TFLOP/s", fontsize=8,
+                  color=_GREY)  # fmt: skip
+    if len(roofs) == 1:
+        ridge = highest / bytes_per_second
+        axes.axvline(ridge, color=_GREY, linewidth=0.8, linestyle=":", zorder=0)
+        sides = (ridge / 1.1, "right", "memory"), (ridge * 1.1, "left", "arithmetic")
+        for x, side, limit in sides:
+            axes.text(x, top, f"{limit} is the limit", ha=side, va="top", fontsize=8, color=_GREY)
+    copied = left * 1.8  # where the slope is named, below it
+    speed = f"copy, {bytes_per_second / 1e12:.2f} TB/s"
+    axes.text(copied, copied * bytes_per_second / 2.2e12, speed, fontsize=8, color=_GREY)
+    rows = [("", "FLOP/byte", "TFLOP/s", "roof", "", "of the roof")]
+    for name, point in points.items():
+        roof = roofs[0].name if point.roof is None else point.roof
+        most = min(by_name[roof], point.intensity * bytes_per_second)
         rows.append(
-            (name, f"{intensity:.1f}", f"{rate / 1e12:.2f}", f"{roof / 1e12:.1f}",
-             f"{rate / roof:.1%}")
+            (name, _three_digits(point.intensity), f"{point.flops_per_second / 1e12:.2f}",
+             f"{most / 1e12:.1f}", "copy" if most < by_name[roof] else roof,
+             f"{point.flops_per_second / most:.1%}")
         )  # fmt: skip
-        axes.plot(intensity, rate / 1e12, "o", color=_BLUE, markersize=6)
-        # Beside its point, and below it where the next one is near.
-        crowded = any(
-            other != name and abs(np.log10(r / rate)) < 0.15 and r > rate
-            for other, (_, r) in points.items()
-        )
-        axes.annotate(
-            name, (intensity, rate / 1e12), (7, -11 if crowded else 4),
-            textcoords="offset points", fontsize=9, color=_INK,
-        )  # fmt: skip
-        if name in executed:
-            done = executed[name]
-            done_intensity = intensity * done / rate
-            rows.append(
-                (f"{name}, executed", f"{done_intensity:.1f}", f"{done / 1e12:.2f}",
-                 f"{min(flops_per_second, done_intensity * bytes_per_second) / 1e12:.1f}",
-                 f"{done / min(flops_per_second, done_intensity * bytes_per_second):.1%}")
-            )  # fmt: skip
-            axes.plot(done_intensity, done / 1e12, "o", mfc="white", mec=_BLUE, markersize=6)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(left, right)
-    rates = [r / 1e12 for _, r in points.values()]
-    axes.set_ylim(min(rates) / 3, 3 * max([*rates, flops_per_second / 1e12]))
+    together = _in_one_place(points)
+    for names in together:
+        for ring, name in enumerate(names):
+            point = points[name]
+            look = dict(_POINTS[point.kind][1])
+            if ring:
+                look.update(mfc="none", mec=look["mfc"])
+            axes.plot(point.intensity, point.flops_per_second / 1e12, linestyle="", zorder=3,
+                      markersize=7 + 5 * ring, **look)  # fmt: skip
+    points_of_decade = 72 * (tall - 0.6) / np.log10(top / bottom)
+    _label_points(
+        axes, {", ".join(names): points[names[0]] for names in together}, points_of_decade
+    )
+    kinds = dict.fromkeys(point.kind for point in points.values())
+    if len(kinds) > 1:
+        from matplotlib.lines import Line2D
+
+        handles = [Line2D([], [], linestyle="", markersize=6.5, label=_POINTS[kind][0],
+                          **_POINTS[kind][1]) for kind in kinds]  # fmt: skip
+        axes.legend(handles=handles, fontsize=8, frameon=False, loc="lower right")
     axes.set_xlabel("FLOP for each byte of DRAM", fontsize=9, color=_INK)
     axes.set_ylabel("TFLOP/s", fontsize=9, color=_INK)
-    axes.text(
-        right / 1.1, 1.12 * flops_per_second / 1e12, "FP32 FMA", fontsize=9, color=_GREY, ha="right"
-    )
-    axes.text(
-        left * 1.15,
-        left * bytes_per_second / 1e12 * 1.9,
-        "copy",
-        fontsize=9,
-        color=_GREY,
-        ha="left",
-    )
     _plain(axes)
-    return Picture(figure, "the roofline", aligned(rows, left=(0,)))
+    return Picture(figure, "the roofline", aligned(rows, left=(0, 4)))
+
+
+def _in_one_place(points: Mapping[str, RooflinePoint]) -> list[list[str]]:
+    """Put together the names of points that a reader could not tell apart."""
+    places: list[list[str]] = []
+    for name, point in points.items():
+        for names in places:
+            other = points[names[0]]
+            if all(
+                abs(np.log10(a / b)) < 0.015
+                for a, b in ((point.intensity, other.intensity),
+                             (point.flops_per_second, other.flops_per_second))
+            ):  # fmt: skip
+                names.append(name)
+                break
+        else:
+            places.append([name])
+    return places
+
+
+def _label_points(
+    axes: Axes, points: Mapping[str, RooflinePoint], points_of_decade: float, gap: float = 12.0
+) -> None:
+    """Write names to the right of points, at least `gap` of a point (1/72 inch) below each other.
+
+    A line leads to a name that had to make way.
+    """
+    columns: list[list[str]] = []
+    for name in sorted(points, key=lambda name: points[name].intensity):
+        if columns and points[name].intensity < 1.6 * points[columns[-1][-1]].intensity:
+            columns[-1].append(name)
+        else:
+            columns.append([name])
+    for names in columns:
+        names.sort(key=lambda name: points[name].flops_per_second)
+        right = max(points[name].intensity for name in names)
+        own = [points_of_decade * np.log10(points[name].flops_per_second) for name in names]
+        # What lies on the roof is named below it.
+        below = [9 * (points[name].kind == "bound") for name in names]
+        wanted = [place - under for place, under in zip(own, below, strict=True)]
+        for i, place in enumerate(_spread(wanted, gap)):
+            x, y = points[names[i]].intensity, points[names[i]].flops_per_second / 1e12
+            line = dict(arrowstyle="-", color=_GREY, linewidth=0.6, shrinkA=0, shrinkB=3)
+            made_way = abs(place - wanted[i]) > 3 or x < right / 1.05
+            axes.annotate(
+                names[i], (x, y), (right * 1.13, y * 10 ** ((place - own[i]) / points_of_decade)),
+                fontsize=9, color=_INK, va="center",
+                bbox=dict(facecolor="white", edgecolor="none", pad=0.5),
+                arrowprops=line if made_way else None,
+            )  # fmt: skip
+
+
+def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Move ascending places as little as it takes until neighbours are `gap` apart."""
+    groups: list[list[float]] = []  # middle, members
+    for place in wanted:
+        groups.append([place, 1])
+        while len(groups) > 1:
+            (low, few), (high, many) = groups[-2:]
+            if high - low >= gap * (few + many) / 2:
+                break
+            # Each keeps its distance from what it wants, on the average.
+            middle = (low * few + high * many) / (few + many)
+            groups[-2:] = [[middle, few + many]]
+    return [
+        middle + gap * (i - (count - 1) / 2) for middle, count in groups for i in range(int(count))
+    ]
 
 
 def growth(record: Record) -> Picture:
@@ -1381,6 +1538,10 @@ def _legend(figure: Figure, keys: Sequence[tuple[str, str]]) -> None:
     figure.legend(
         handles=handles, fontsize=8, frameon=False, loc="outside lower center", ncols=len(keys)
     )
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#,.3g}".rstrip(".")
 
 
 def _plain(axes: Axes) -> None:

@@ -10,6 +10,7 @@ import records_for_tests
 from counter_cases import PATTERN_CASES
 from decoder_record_for_tests import made_record
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 import convt_lab as lab
 from convt_lab import Problem, dispatch, figures, operator_record, reference
@@ -192,6 +193,16 @@ def operators_record(**speedups):
 CHOICES = {"pytorch": 1.0, **{name: 2.0 + i for i, name in enumerate(kernels)}}
 CHOICES = {name: speedup for name, speedup in CHOICES.items() if name not in dispatch.SLOW}
 
+ROOFS = [figures.Roof("FMA", 10e12), figures.Roof("tensor cores", 80e12)]
+POINTS = {
+    "slow": figures.RooflinePoint(2.0, 4e12),
+    "like it": figures.RooflinePoint(2.01, 4.02e12),
+    "fast": figures.RooflinePoint(100.0, 12e12),
+    "fast, executed": figures.RooflinePoint(50.0, 6e12, kind="executed"),
+    "unprofiled": figures.RooflinePoint(100.0, 12.5e12, "tensor cores", kind="fewest bytes"),
+    "bound": figures.RooflinePoint(1.0, 5e12, "tensor cores", kind="bound"),
+}
+
 PICTURES = {
     "stamps": lambda: figures.stamps(
         Problem(height=2, width=3, kernel_size=3),
@@ -211,7 +222,7 @@ PICTURES = {
     "reuse": lambda: figures.reuse(a_report(), "x", (2, 2, 3)),
     "cost_by_line": lambda: figures.cost_by_line(a_report()),
     "bars": lambda: figures.bars(records_for_tests.record(), "star"),
-    "roofline": lambda: figures.roofline(10e12, 5e12, {"a": (2, 4e12), "b": (90, 9e12)}),
+    "roofline": lambda: figures.roofline(ROOFS, 5e12, POINTS),
     "growth": lambda: figures.growth(records_for_tests.record()),
     "speedups": lambda: figures.speedups(operators_record(**CHOICES), operator_record.FORMS[0]),
     "layer_times": lambda: figures.layer_times(made_record(), "TF32", after="tables"),
@@ -245,7 +256,8 @@ def test_a_picture_is_a_png_and_the_same_every_time(draw):
 
 
 def test_every_picture_is_tested():
-    others = {"Listing", "Picture", "constants", "diff", "listing"}
+    others = {"Listing", "Picture", "Roof", "RooflinePoint", "constants", "diff", "listing"}
+    others |= {"pixels_of"}
     assert set(figures.__all__) - others == set(PICTURES)
 
 
@@ -288,6 +300,26 @@ def test_request_draws_the_lanes_and_their_sectors():
     assert asked == 32
     came = asked + colours.count(to_hex("#F9E4B7"))
     assert came == 8 * len({(y, x // 8) for y, x in zip(h, w, strict=True)})
+
+
+@pytest.mark.parametrize("stage", ["naive_gather", "coalesced"])
+def test_request_draws_what_a_trace_has(stage):
+    problem = Problem(height=40, width=32, kernel_size=(3, 7))  # rows begin where sectors do
+    report = lab.stages[stage].profile(*problem.random_inputs())
+    (request,) = (r for r in report.requests if (r.buffer, r.op) == ("input", "load"))
+    h, w = figures.pixels_of(request, problem.width)
+    assert len(h) == sum(offset is not None for offset in request.offsets)
+    assert max(h) < problem.height
+    colours = list(cells(figures.request({"": (h, w)}).figure.axes[0]).values())
+    asked = colours.count(to_hex("#0072B2"))
+    assert asked == len(h)
+    assert asked + colours.count(to_hex("#F9E4B7")) == 8 * request.cost
+
+
+def test_pixels_of_shared_memory_or_of_vectors_are_an_error():
+    for request in (one_request("shared", LANE), one_request("global", 16 * LANE, size=16)):
+        with pytest.raises(ValueError, match="must be of global memory, 4 bytes for each lane"):
+            figures.pixels_of(request, 8)
 
 
 def test_flat_axis_frames_what_the_taps_multiply():
@@ -455,15 +487,97 @@ def test_bars_draw_every_time_and_the_least_one():
     assert "failed" in picture.table()
 
 
-def test_the_roofline_has_its_ridge_and_all_points():
-    points = {"slow": (2.0, 4e12), "fast": (100.0, 12e12)}
-    picture = figures.roofline(10e12, 5e12, points, {"fast": 6e12})
-    roof, *dots = picture.figure.axes[0].lines
-    assert roof.get_xydata()[1].tolist() == [2.0, 10.0]
-    drawn = [tuple(dot.get_xydata()[0]) for dot in dots]
-    assert drawn == [(2.0, 4.0), (100.0, 12.0), (50.0, 6.0)]
+def test_bars_write_their_times_in_a_column_that_no_line_crosses():
+    record = records_for_tests.record()
+    (axes,) = figures.bars(record, "star").figure.axes
+    timed = [row for row in record.shapes[0].rows if row.cold]
+    assert [float(text.get_text()) for text in axes.texts] == [row.time_ms() for row in timed]
+    (right,) = {text.get_position()[0] for text in axes.texts}
+    assert right == axes.get_xlim()[1]
+    (line,) = axes.lines
+    figure = axes.figure
+    figure.draw_without_rendering()
+    crossed = axes.transData.transform((line.get_xdata()[0], 0))[0]
+    assert all(text.get_window_extent().x0 > crossed for text in axes.texts)
+
+
+def test_the_roofline_has_its_ridges_and_all_points():
+    picture = figures.roofline(ROOFS, 5e12, POINTS)
+    (axes,) = picture.figure.axes
+    first, second, *dots = axes.lines
+    assert first.get_xydata()[1].tolist() == [2.0, 10.0]
+    assert second.get_xydata()[1].tolist() == [16.0, 80.0]
+    drawn = {tuple(dot.get_xydata()[0]): dot for dot in dots}
+    assert set(drawn) == {(p.intensity, p.flops_per_second / 1e12) for p in POINTS.values()}
+    looks = {
+        (dot.get_marker(), to_hex(dot.get_markerfacecolor())) for dot in drawn.values()
+        if dot.get_markerfacecolor() != "none"
+    }  # fmt: skip
+    assert len(looks) == 4 == len({point.kind for point in POINTS.values()})
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert named == ["bytes as profiled", "as executed", "bytes that must move", "at most"]
     rows = [row.split() for row in picture.table().splitlines()]
-    assert [row[-1] for row in rows[1:]] == ["40.0%", "120.0%", "60.0%"]
+    assert [row[-1] for row in rows[1:]] == ["40.0%", "40.2%", "120.0%", "60.0%", "15.6%", "100.0%"]
+    assert [row[-2] for row in rows[1:4]] == ["FMA", "FMA", "FMA"]
+    assert rows[5][-3:-1] == ["tensor", "cores"]
+    assert rows[6][-2] == "copy"
+
+
+def test_the_ridge_of_a_single_roof_is_marked():
+    (axes,) = figures.roofline(ROOFS[:1], 5e12, {"slow": POINTS["slow"]}).figure.axes
+    assert [2.0, 2.0] in [list(line.get_xdata()) for line in axes.lines]
+    sides = {t.get_text(): t.get_position()[0] for t in axes.texts if "limit" in t.get_text()}
+    assert sides["memory is the limit"] < 2.0 < sides["arithmetic is the limit"]
+
+
+def test_points_in_one_place_share_a_name_and_are_still_told_apart():
+    (axes,) = figures.roofline(ROOFS, 5e12, POINTS).figure.axes
+    named = {text.get_text() for text in axes.texts}
+    assert "slow, like it" in named
+    assert not {"slow", "like it"} & named
+    sizes = {
+        dot.get_markersize(): dot.get_markerfacecolor() for dot in axes.lines
+        if len(dot.get_xdata()) == 1 and 2.0 <= dot.get_xdata()[0] < 3
+    }  # fmt: skip
+    assert len(sizes) == 2
+    assert sizes[max(sizes)] == "none"  # a ring
+
+
+def test_no_name_lies_on_another():
+    crowd = {
+        f"kernel number {i}": figures.RooflinePoint(90 + i, (5 + i / 4) * 1e12) for i in range(6)
+    }
+    (axes,) = figures.roofline(ROOFS, 5e12, crowd).figure.axes
+    axes.figure.draw_without_rendering()
+    # Of the words alone, without the lines that lead to them.
+    boxes = [Text.get_window_extent(t) for t in axes.texts if t.get_text() in crowd]
+    assert len(boxes) == len(crowd)
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_spread_moves_only_what_is_too_near():
+    assert figures._spread([0, 30, 60], 10) == [0, 30, 60]
+    assert figures._spread([0, 2, 60], 10) == pytest.approx([-4, 6, 60])
+    assert figures._spread([0, 1, 8], 10) == pytest.approx([-7, 3, 13])
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        (
+            figures.RooflinePoint(1, 1e12, "none"),
+            r"roof='none' of x: must be one of \['FMA', 'tens",
+        ),
+        (
+            figures.RooflinePoint(1, 1e12, kind="guess"),
+            r"kind='guess' of x: must be one of \['meas",
+        ),
+    ],
+)
+def test_a_roofline_refuses_what_it_cannot_place(point, message):
+    with pytest.raises(ValueError, match=message):
+        figures.roofline(ROOFS, 5e12, {"x": point})
 
 
 def test_growth_draws_the_best_stage_and_cudnn():

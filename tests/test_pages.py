@@ -108,6 +108,14 @@ STICKS_OUT = """
 })()
 """
 
+# Code that is wider than its box: of a width at which windows often stand side by side, and of a
+# phone's.
+CUT_OFF = """
+[...document.querySelectorAll(':is(.highlight-python, .highlight-cuda, .highlight-diff) pre')]
+  .filter((pre) => pre.scrollWidth > pre.clientWidth + 1).map((pre) => pre.textContent.slice(0, 80))
+"""
+HALF_A_SCREEN = 1100
+
 
 # The contrast of a text with what lies behind it, by WCAG 2's definition, for each of a selector.
 CONTRASTS = """
@@ -159,7 +167,10 @@ def visit(browser):
         opened.resize(1300)
         opened.go(url(name))
         seen = opened.evaluate(LOOK)
+        opened.resize(HALF_A_SCREEN)
+        seen["cut off"] = {HALF_A_SCREEN: opened.evaluate(CUT_OFF)}
         opened.resize(PHONE)
+        seen["cut off"][PHONE] = opened.evaluate(CUT_OFF)
         seen["narrow"] = opened.evaluate(STICKS_OUT)
         for mode in ("light", "dark"):
             opened.evaluate(f"document.documentElement.dataset.theme = '{mode}'")
@@ -203,6 +214,31 @@ def test_a_phone_never_scrolls_sideways(visit, name):
     seen = visit(name)["narrow"]
     assert seen["elements"] == []
     assert seen["page"] == PHONE
+
+
+@pytest.mark.parametrize("width", [HALF_A_SCREEN, PHONE])
+@each_page
+def test_no_line_of_code_is_cut_off(visit, name, width):
+    assert visit(name)["cut off"][width] == []
+
+
+@each_chapter
+def test_the_longest_lines_fit_into_half_a_screen(page, name):
+    """As they are, where they have the 100 characters that ruff and clang-format allow."""
+    page.resize(HALF_A_SCREEN)
+    page.go(url(name))
+    sizes = page.evaluate("""
+      [...document.querySelectorAll('.bd-article > section div.highlight pre')].map((pre) => {
+        const line = document.createElement('span');
+        line.textContent = 'x'.repeat(100);
+        line.style.whiteSpace = 'pre';
+        pre.append(line);
+        const style = getComputedStyle(pre), width = line.getBoundingClientRect().width;
+        line.remove();
+        const room = pre.clientWidth - parseFloat(style.paddingLeft);
+        return [parseFloat(style.fontSize), width <= room];
+      })""")
+    assert all(fits and size > 12 for size, fits in sizes)
 
 
 def test_what_is_too_wide_scrolls_in_its_own_box(page):

@@ -27,6 +27,8 @@ from convt_lab import (
     dispatch,
     doctor,
     figures,
+    figures_blocks,
+    figures_tensor_cores,
     measure,
     measurements,
     operator_bench,
@@ -142,9 +144,33 @@ def ladder_row(shape: str, name: str, over: str) -> float:
     return shape.row(name).seconds() / shape.row(over).seconds()
 
 
-def fastest_hold_fewest_warps() -> bool:
+@functools.cache
+def star_profile(stage: str) -> dict:
     profiles = json.loads((records.FOLDER / "nvidia-h200-profiles.json").read_text())["profiles"]
-    of_star = [profiles[f"{name} star"][0] for name in FLOAT32_STAGES]
+    (profile,) = profiles[f"{stage} star"]
+    return profile
+
+
+def star_seconds(stage: str) -> float:
+    return star_profile(stage)["duration_seconds"]
+
+
+def first_level_seconds(stage: str) -> float:
+    """The least time for a stage's sectors on the star, at four a clock for each SM."""
+    profile, gpu = star_profile(stage), records.load_named("nvidia-h200").gpu
+    cycles = profile["l1_global_load_sectors"] / 4 / gpu.multiprocessors
+    return cycles / profile["sm_clock_hz"]
+
+
+def slots_for_an_fma(stage: str) -> float:
+    """Of four schedulers to an SM, for a warp's worth of FMAs, as the ladder chapter has it."""
+    profile, gpu = star_profile(stage), records.load_named("nvidia-h200").gpu
+    slots = 4 * gpu.multiprocessors * profile["sm_clock_hz"] * profile["duration_seconds"]
+    return profile["issue_slots_busy_percent"] / 100 * slots / (profile["fma"] / 32)
+
+
+def fastest_hold_fewest_warps() -> bool:
+    of_star = [star_profile(name) for name in FLOAT32_STAGES]
     by_time, by_warps = (
         sorted(of_star, key=lambda profile: profile[key])[:2]
         for key in ("duration_seconds", "achieved_occupancy_percent")
@@ -198,12 +224,6 @@ def backward_over_forward() -> float:
         forward = counter.get_total_flops()
         scores.sum().backward()
     return counter.get_total_flops() / forward - 1
-
-
-def are_measured(*kernels: str) -> bool:
-    """Whether the ladder's record has one of them."""
-    shapes = records.load_named("nvidia-h200").shapes
-    return any(row.name in kernels for shape in shapes for row in shape.rows)
 
 
 @functools.cache
@@ -368,6 +388,32 @@ def tensor_core_rows() -> list[dict[str, dict]]:
     return [{row["name"]: row for row in shape["rows"]} for shape in shapes]
 
 
+def tensor_core_ms(name: str) -> float:
+    """Cold, on the star."""
+    return tensor_core_rows()[0][name]["cold_ms"]
+
+
+@functools.cache
+def turns_of_star() -> list[list[str]]:
+    """The table of the hopper chapter's picture of turns, without its head and its last line."""
+    return [line.split() for line in figures_blocks.turns(STAR).table().splitlines()[1:-1]]
+
+
+def share_of_roof(kernel: str, number: str = "float32") -> float:
+    """Of a tensor-core rung, on the star: what the ladder's last roofline shows."""
+    roof = figures_tensor_cores.roof_of(records.load_named("nvidia-h200").ceilings, kernel, number)
+    seconds = tensor_core_rows()[0][f"{kernel}, {number}"]["cold_ms"] / 1000
+    return STAR.flops / seconds / roof.flops_per_second
+
+
+def least_traffic_to_meet_slope() -> float:
+    """Of the three rungs on tensor cores: over the bytes that must move."""
+    ceilings = records.load_named("nvidia-h200").ceilings
+    rungs = ("tensor_core", "TF32"), ("tensor_core_split", "float32"), ("hopper", "float32")
+    roofs = (figures_tensor_cores.roof_of(ceilings, *rung).flops_per_second for rung in rungs)
+    return STAR.flops / STAR.compulsory_bytes * ceilings.copy / max(roofs)
+
+
 def a_swap_costs_python() -> bool:
     """In inferences in which nearly nothing else changes."""
     after = network_record().mode("bfloat16 last").after
@@ -408,7 +454,7 @@ def share_of_two_longest() -> float:
 CLAIMS = {
     "intro": {
         "it is wrong in eleven ways": lambda: len(drafts.versions.MENDS) == 11,
-        "Three more rungs multiply with other units": lambda: (
+        "Three more stages multiply with other units": lambda: (
             len(lab.stages) - len(fma_stages) == 3
         ),
         "number 65 of level 1": "level 1 #65" in Problem.named.__doc__,
@@ -427,12 +473,31 @@ CLAIMS = {
     "explorer": {},  # tests/test_pages.py follows its links
     "naive_gather": {
         "32 rows high": True,  # a lane for each
+        "less than a hundredth of the FMA rate": lambda: (
+            records.load_named("nvidia-h200").share_of_fma("star", "naive_gather") < 0.01
+        ),
+        "to serve all those sectors takes about a fifth of it": lambda: (
+            0.18 < first_level_seconds("naive_gather") / star_seconds("naive_gather") < 0.22
+        ),
+        "Most goes to what no count of sectors shows": lambda: (
+            star_profile("naive_gather")["issue_slots_busy_percent"] > 70
+        ),
     },
     "coalesced": {
         "32 dark pixels": True,  # a lane for each
         f"{STAR.width - 1} pixels wide instead of {STAR.width}": True,
+        "about seven times as fast": lambda: (
+            6.5 < ladder_row("star", "naive_gather", "coalesced") < 7.5
+        ),
+        "about fifteen others": lambda: 14.5 < slots_for_an_fma("coalesced") - 1 < 15.5,
     },
     "shared_tiled": {
+        "the time has hardly moved": lambda: (
+            0.98 < ladder_row("star", "shared_tiled", "coalesced") < 1
+        ),
+        "had been served by the L1 cache nearly always": lambda: (
+            star_profile("coalesced")["l1_hit_percent"] > 90
+        ),
         "consists of 32 *…*": True,  # banks
         "3 by 7 inputs": STAR.kernel_size == (3, 7),
         "256 outputs": lambda: (
@@ -441,20 +506,61 @@ CLAIMS = {
         "8×32 is best": min((2**i for i in range(9)), key=inputs_of_tile) == 8,
     },
     "register_blocked": {
+        "some eighteen times as fast as the stage before": lambda: (
+            17 < ladder_row("star", "shared_tiled", "register_blocked") < 19
+        ),
+        "a little faster than cuDNN": lambda: (
+            1 < ladder_row("star", records.BASELINE, "register_blocked") < 1.2
+        ),
+        "More than three quarters of the FMA rate": lambda: (
+            0.75 < records.load_named("nvidia-h200").share_of_fma("star", "register_blocked") < 0.8
+        ),
+        "A block is four bars, one for each warp": lambda: (
+            constant("register_blocked", "Sizes<4>::WARPS_CO") == 4
+        ),
+        "eight rows of twelve, with a longer row of inputs": lambda: (
+            constant("register_blocked", "Sizes<4>::THREAD_CO") == 8
+            and constant("register_blocked", "Sizes<4>::THREAD_W") == 12
+        ),
         "8 bytes": lambda: constant("register_blocked", "Sizes<4>::WINDOW") % 4 == 2,  # a pair
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
     },
     "winograd": {
+        "less than the definition's FMAs alone would": lambda: (
+            records.load_named("nvidia-h200").share_of_fma("star", "winograd") > 1
+        ),
+        "by which this stage would take about two thirds of the one before": lambda: (
+            0.65 < star_profile("winograd")["fma"] / star_profile("register_blocked")["fma"] < 0.7
+            and ladder_row("star", "winograd", "register_blocked") > 0.72
+        ),
+        "an SM has room for eight warps": lambda: (
+            blocks_on_sm("winograd", "sm_90") * constant("winograd", "f23::THREADS") == 8 * 32
+        ),
         "3×7": lambda: lab.stages["winograd"].variant(STAR) == "F(2, 3)",
         "8 bytes": lambda: constant("winograd", "f23::WINDOW") % 4 == 2,  # a pair
     },
     "tensor_core": {
-        "it has not been measured": lambda: (
-            not are_measured("tensor_core")
-            and not any("tensor_core" in c.kernels for form in range(6) for c in of_operator(form))
+        "several times slower than the products alone, and than cuDNN with TF32": lambda: (
+            tensor_core_ms("tensor_core, TF32") > 3 * tensor_core_ms("pytorch, TF32")
+            and tensor_core_ms("tensor_core, TF32")
+            > 3000 * STAR.flops / records.load_named("nvidia-h200").ceilings.gemm_tf32
+        ),
+        "no faster than cuDNN in float32": lambda: (
+            tensor_core_ms("tensor_core, TF32") > 0.99 * tensor_core_ms("pytorch, float32")
         ),
     },
-    "tensor_core_split": {},
+    "tensor_core_split": {
+        "it takes less time than": lambda: (
+            tensor_core_ms("tensor_core_split, float32") < tensor_core_ms("tensor_core, TF32")
+        ),
+        "more than half as fast as the products alone": lambda: (
+            tensor_core_ms("tensor_core_split, float32")
+            < 2 * 6000 * STAR.flops / records.load_named("nvidia-h200").ceilings.gemm_bfloat16
+        ),
+        "well ahead of cuDNN's float32": lambda: (
+            tensor_core_ms("pytorch, float32") > 1.5 * tensor_core_ms("tensor_core_split, float32")
+        ),
+    },
     "hopper": {
         "64 rows": lambda: hoppers("CO") == 64,
         "64 output channels": lambda: hoppers("CO") == 64,
@@ -465,6 +571,15 @@ CLAIMS = {
         "16 bytes": lambda: hoppers("OCTET") * 2 == 16,
         "compute capability 9.0": lambda: (
             kernels["hopper"].min_capability == (9, 0) and kernels["hopper"].architecture == "9.0a"
+        ),
+        "then two short dark bars of large ones, each with a thin bar of sums behind it, three": (
+            lambda: (
+                [row[1] for row in turns_of_star() if row[0] == "0"]
+                == 3 * ["small", "scaled", "large", "scaled", "large", "scaled"]
+            )
+        ),
+        "has one bar that ends in the first third": lambda: (
+            int(turns_of_star()[-1][-1]) < int(turns_of_star()[-2][-1]) / 3
         ),
         # In the words of another chapter.
         "four for two rows of a 3-row kernel": lambda: (
@@ -499,6 +614,22 @@ CLAIMS = {
     },
     "ladder": {
         "3×7": lambda: lab.stages["register_blocked"].variant(STAR) == "3x7",
+        "The last three rungs multiply on tensor cores": lambda: (
+            [name for name in lab.stages if name not in fma_stages]
+            == list(lab.stages)[-3:]
+            == ["tensor_core", "tensor_core_split", "hopper"]
+        ),
+        "uses a ninth of it, which leaves it below …": lambda: (
+            abs(9 * share_of_roof("tensor_core", "TF32") - 1) < 0.05
+            and tensor_core_rows()[0]["tensor_core, TF32"]["cold_ms"]
+            > records.load_named("nvidia-h200").shape("star").row("register_blocked").time_ms()
+        ),
+        "… uses more than half of a lower one, and … three quarters of its own": lambda: (
+            0.5 < share_of_roof("tensor_core_split") < 0.6 and 0.72 < share_of_roof("hopper") < 0.78
+        ),
+        "more than three times as much before one met the slope": lambda: (
+            3 < least_traffic_to_meet_slope() < 4
+        ),
     },
     "operator": {
         "on 44 shapes": lambda: len(operator_bench.shapes()) == 44,
@@ -742,9 +873,14 @@ CLAIMS = {
     },
     "glossary": {
         "At most 1024": True,  # of every GPU that CUDA runs on; the simulator refuses more
+        "7.5 for Turing, 9.0 for Hopper": lambda: (
+            architectures.CARDS["T4"].architecture == "sm_75"
+            and records.load_named("nvidia-h200").gpu.compute_capability == (9, 0)
+        ),
         "of the 32 parts": True,  # banks
         "one of the 32 of its": True,  # lanes of a warp
         "32 neighbouring threads": True,
+        "within which the dilation is 1 as well": True,  # kernels/phase.cuh; test_stages runs them
         "10 bits of fraction where float32 has 23": lambda: (
             torch.finfo(torch.float32).eps == 2**-23 and FORMATS["tf32"].digits == 1 + 10
         ),
@@ -777,7 +913,8 @@ CLAIMS = {
         "In a tile 32 wide it is one row": lambda: (
             draft_tile(drafts.versions.Draft.mended())[1] == 32
         ),
-        "A … of 32 neighbouring floats touches four": True,  # 4 bytes each, sectors of 32 bytes
+        "32 neighbouring threads": True,  # a warp
+        "A request for 32 neighbouring floats touches four": True,  # of 4 bytes, eight to a sector
         "rows of 64 pixels": True,  # in the cell below
         "end at 65,535": True,  # the simulator's message above says so, as NVIDIA's guides do
         "point 2 of the checklist": True,
@@ -864,6 +1001,20 @@ def test_every_stage_has_a_chapter_with_the_same_bones(stage):
     following = {other.previous.name: other for other in lab.stages.values() if other.previous}
     if stage.name in following:
         assert f"{{doc}}`{following[stage.name].name}`" in text, "what limits it leads on"
+
+
+@each_stage
+def test_every_stage_shows_its_time_on_the_star(stage):
+    if stage.unit == "FMA":
+        star = records.load_named("nvidia-h200").shape("star")
+        milliseconds = star.row(stage.name).time_ms()
+    else:
+        rows = tensor_core_rows()[0].values()
+        milliseconds = next(row for row in rows if row["kernel"] == stage.name)["cold_ms"]
+    page = stage.chapter.removeprefix("book/")
+    shown = [o.text for c in cells(page) for o in c.get("outputs", []) if "text" in o]
+    lines = [line for text in shown for line in text.splitlines() if stage.name in line]
+    assert any(f" {milliseconds:.3f}" in line for line in lines)
 
 
 @each_chapter

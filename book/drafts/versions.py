@@ -164,7 +164,11 @@ MENDS = (
     Mend(
         "groups",
         (
-            (CUDA, "weight [C_in, C_out, KH, KW]", "weight [C_in, C_out/groups, KH, KW]"),
+            (
+                CUDA,
+                "weight [C_in, C_out, KH, KW], bias [C_out], output",
+                "weight [C_in, C_out/groups, KH, KW], bias [C_out],\n// output",
+            ),
             (
                 CUDA,
                 """
@@ -191,7 +195,16 @@ MENDS = (
     out_channels = groups * group_out
 """,
             ),
-            (PYTHON, "(in_channels, out_channels,", "(in_channels, out_channels // groups,"),
+            (
+                PYTHON,
+                """
+        self.weight = torch.nn.Parameter(torch.empty(in_channels, out_channels, *pair(kernel_size)))
+""",
+                """
+        shape = (in_channels, out_channels // groups, *pair(kernel_size))
+        self.weight = torch.nn.Parameter(torch.empty(shape))
+""",
+            ),
         ),
     ),
     Mend(
@@ -236,7 +249,16 @@ MENDS = (
             (CUDA, "__device__ int offset(int a,", "__device__ int64_t offset(int64_t a,"),
         ),
     ),
-    Mend("stream", ((CUDA, "<<<grid, block>>>", "<<<grid, block, 0, stream>>>"),)),
+    Mend(
+        "stream",
+        (
+            (
+                CUDA,
+                "<<<grid, block>>>(",
+                "<<<grid, block, 0, stream>>>(\n" + 38 * " ",
+            ),
+        ),
+    ),
     Mend("checked launch", ((CUDA, "return cudaSuccess;", "return cudaGetLastError();"),)),
     Mend(
         "grid",

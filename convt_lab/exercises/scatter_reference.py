@@ -146,23 +146,23 @@ def stamps(stride, kernel, dilation):
 def stamps(stride, kernel, dilation):
     """The fewest and the most stamps that an output away from the rim gets."""
     common = int(np.gcd(stride, dilation))
-    step = stride // common  # from one tap of a class to the next
+    step = stride // common  # from one tap of an output to the next
     fewest = 0 if common > 1 else kernel // step
     return fewest, -(-kernel // step)
 ''',
         judge=_judge_stamps,
         hints=(
-            "An output gets a stamp for each tap of its residue class. How far apart are the taps "
-            "of a class?",
+            "How far apart are two taps that reach the same output? Neighbouring stamps begin a "
+            "stride apart, and neighbouring taps of a stamp lie a dilation apart.",
             "They are stride / g apart, where g is the greatest common divisor of stride and "
-            "dilation. The classes have as many taps as fit, rounded down or up.",
-            "And what gets an output whose o + p is no multiple of g?",
+            "dilation. An output gets as many of the kernel's taps as fit, rounded down or up.",
+            "Stamps begin at multiples of the stride, and their taps follow in steps of the "
+            "dilation. If both are even, which outputs does no stamp reach?",
         ),
-        why="The taps of one class lie `stride / g` apart, so the smallest class has the kernel "
-        "divided by that, rounded down, and the largest the same rounded up. With a common divisor "
-        "other than one some outputs are never reached. All outputs get the same number if and "
-        "only if `g` is one and the stride divides the kernel, the usual cure for the "
-        "checkerboard.",
+        why="The taps that reach one output lie `stride / g` apart, so an output gets the kernel "
+        "divided by that, rounded down or up. With a common divisor other than one some outputs "
+        "are never reached. All outputs get the same number if and only if `g` is one and the "
+        "stride divides the kernel. That avoids the uneven overlap behind the checkerboard.",
     ),
     FunctionExercise(
         name="scatter_reference.3",

@@ -67,6 +67,8 @@ class Site:
 class Request:
     """The costliest request of a site, lane by lane, for pictures.
 
+    Of several that cost the same it is the first one of those in which a lane asks for most.
+
     Attributes
     ----------
     line, space, op, buffer
@@ -193,10 +195,13 @@ class Report:
         return self.table()
 
     def table(self) -> str:
-        """Return the sites, totals and hazards as text for a person."""
+        """Return the sites, totals and hazards as text for a person.
+
+        The lanes, the cost and the ideal cost are those of one request, on average.
+        """
         columns = (
-            *("line", "space", "op", "buffer", "requests", "lanes/request"),
-            *("sectors", "wavefronts", "cost/request", "ideal"),
+            *("line", "space", "op", "buffer", "requests", "lanes"),
+            *("sectors", "wavefronts", "cost", "ideal"),
         )
         rows = [
             (

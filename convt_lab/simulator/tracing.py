@@ -189,7 +189,9 @@ def _report(
     costliest: dict[tuple, _Request] = {}
     for request in requests:
         best = costliest.get(place(request))
-        if best is None or request.transactions > best.transactions:
+        # A line may load in pieces of several sizes: of equals the one that moves most.
+        key = request.transactions, request.bytes
+        if best is None or key > (best.transactions, best.bytes):
             costliest[place(request)] = request
 
     grid_blocks = ctypes.c_uint64()
