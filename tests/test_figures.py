@@ -308,8 +308,9 @@ def test_request_draws_what_a_trace_has(stage):
     report = lab.stages[stage].profile(*problem.random_inputs())
     (request,) = (r for r in report.requests if (r.buffer, r.op) == ("input", "load"))
     h, w = figures.pixels_of(request, problem.width)
-    assert len(h) == sum(offset is not None for offset in request.offsets)
-    assert max(h) < problem.height
+    asked_for = [offset for offset in request.offsets if offset is not None]
+    assert (4 * (h * problem.width + w)).tolist() == asked_for
+    assert max(w) < problem.width
     colours = list(cells(figures.request({"": (h, w)}).figure.axes[0]).values())
     asked = colours.count(to_hex("#0072B2"))
     assert asked == len(h)
