@@ -79,9 +79,13 @@ def conv_transpose2d(
     Notes
     -----
     A call runs on the current stream of the input's device and waits for nothing, so it may be
-    captured in a CUDA graph; call it once before, because the first call may build a kernel. It is
-    deterministic. float32 is computed with TF32 only if ``torch.backends.cudnn`` allows that for
-    convolutions (``conv.fp32_precision``, or ``allow_tf32``).
+    captured in a CUDA graph; call it once before, because the first call may build a kernel. It
+    raises a RuntimeError in a process that was forked from one that had used CUDA.
+
+    What kernels of this package compute is deterministic; what PyTorch computes is so if
+    ``torch.backends.cudnn.deterministic`` is set. float32 is computed with TF32 only if
+    ``torch.backends.cudnn`` allows that for convolutions (``conv.fp32_precision``, or
+    ``allow_tf32``).
 
     DTensors may be split by images, rows, channels or groups; `convt_lab.distributed` says how.
 
