@@ -269,8 +269,12 @@ def _pytorchs(*arguments: Any) -> torch.Tensor:
         output = F.conv_transpose2d(*arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         _explain(error, arguments)
-    # Some of PyTorch's kernels return nothing where there is an error.
-    if not torch.jit.is_tracing() and output.numel() == 0 and arguments[0].numel() > 0:
+    # Where there is an error, some of PyTorch's kernels return nothing, or something of nothing.
+    input, weight, bias, *_ = arguments
+    if not torch.jit.is_tracing() and (output.numel() == 0) != (input.numel() == 0):
+        _check(arguments)
+    # One tensor without data among others is no error to PyTorch: what it returns is not computed.
+    if weight.device != input.device or (bias is not None and bias.device != input.device):
         _check(arguments)
     return output
 
@@ -292,6 +296,11 @@ def _check(arguments: tuple) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if not (isinstance(tensor, torch.Tensor) or (tensor is None and name == "bias")):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__} {tensor!r}")
+        if tensor is not None and tensor.device != input.device:
+            raise ProblemError(
+                f"{name} is on {tensor.device} and input on {input.device}: all tensors must be on "
+                "one device"
+            )
     Problem.from_shapes(
         (1, *input.shape) if input.dim() == 3 else input.shape,
         weight.shape,

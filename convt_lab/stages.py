@@ -363,7 +363,7 @@ class Call:
         tensors = {
             name: _as_tensor(name, array, kernel.dtypes)
             for name, array in arrays.items()
-            if array is not None
+            if array is not None or name != "bias"
         }
         dtype = tensors["x"].dtype
         for name, tensor in tensors.items():
