@@ -54,6 +54,7 @@ __all__ = [
     "COMPILER_PACKAGES",
     "GPU",
     "architectures",
+    "check_fork",
     "find_ninja",
     "find_toolkit",
     "has_own_instructions",
@@ -61,6 +62,23 @@ __all__ = [
 
 #: What holds nvcc for a torch from PyPI, where no CUDA toolkit is installed.
 COMPILER_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
+
+
+def check_fork() -> None:
+    """Raise if this process can't use GPUs because it is the fork of one that has.
+
+    Raises
+    ------
+    RuntimeError
+        With what to do. CUDA's own error, from whatever comes first, is "initialization error".
+    """
+    if torch.cuda._is_in_bad_fork():
+        raise RuntimeError(
+            f"process {os.getpid()} was forked from one that had used CUDA, so no GPU works in it: "
+            "start processes by the 'spawn' method (multiprocessing.get_context('spawn'), or "
+            "multiprocessing_context='spawn' of a DataLoader), or use CUDA in the parent only"
+        )
+
 
 _FLAGS = ("-O3", "-std=c++17", "-lineinfo")
 _NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice

@@ -79,9 +79,13 @@ def conv_transpose2d(
     Notes
     -----
     A call runs on the current stream of the input's device and waits for nothing, so it may be
-    captured in a CUDA graph; call it once before, because the first call may build a kernel. It is
-    deterministic. float32 is computed with TF32 only if ``torch.backends.cudnn`` allows that for
-    convolutions (``conv.fp32_precision``, or ``allow_tf32``).
+    captured in a CUDA graph; call it once before, because the first call may build a kernel. It
+    raises a RuntimeError in a process that was forked from one that had used CUDA.
+
+    What kernels of this package compute is deterministic; what PyTorch computes is so if
+    ``torch.backends.cudnn.deterministic`` is set. float32 is computed with TF32 only if
+    ``torch.backends.cudnn`` allows that for convolutions (``conv.fp32_precision``, or
+    ``allow_tf32``).
 
     DTensors may be split by images, rows, channels or groups; `convt_lab.distributed` says how.
 
@@ -265,8 +269,12 @@ def _pytorchs(*arguments: Any) -> torch.Tensor:
         output = F.conv_transpose2d(*arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         _explain(error, arguments)
-    # Some of PyTorch's kernels return nothing where there is an error.
-    if not torch.jit.is_tracing() and output.numel() == 0 and arguments[0].numel() > 0:
+    # Where there is an error, some of PyTorch's kernels return nothing, or something of nothing.
+    input, weight, bias, *_ = arguments
+    if not torch.jit.is_tracing() and (output.numel() == 0) != (input.numel() == 0):
+        _check(arguments)
+    # One tensor without data among others is no error to PyTorch: what it returns is not computed.
+    if weight.device != input.device or (bias is not None and bias.device != input.device):
         _check(arguments)
     return output
 
@@ -288,6 +296,11 @@ def _check(arguments: tuple) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if not (isinstance(tensor, torch.Tensor) or (tensor is None and name == "bias")):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__} {tensor!r}")
+        if tensor is not None and tensor.device != input.device:
+            raise ProblemError(
+                f"{name} is on {tensor.device} and input on {input.device}: all tensors must be on "
+                "one device"
+            )
     Problem.from_shapes(
         (1, *input.shape) if input.dim() == 3 else input.shape,
         weight.shape,

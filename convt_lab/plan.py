@@ -9,6 +9,7 @@ on costs a look-up.
 from __future__ import annotations
 
 import marshal
+import os
 import warnings
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from convt_lab import dispatch
 from convt_lab.build import BuildError
 from convt_lab.errors import CompileError
+from convt_lab.gpu import check_fork
 from convt_lab.launcher import Launcher
 from convt_lab.problem import CroppedProblem, Problem
 from convt_lab.stages import kernels
@@ -30,6 +32,10 @@ MAX_PLANS = 4096
 
 _plans: dict[tuple, Plan] = {}
 _unbuildable: set[str] = set()
+
+if hasattr(os, "register_at_fork"):
+    # A fork makes plans of its own, where it is told that no GPU works in it.
+    os.register_at_fork(after_in_child=lambda: _plans.clear())
 
 
 class Plan:
@@ -102,7 +108,11 @@ class Plan:
         ------
         TypeError, ProblemError
             If the arguments describe no legal problem.
+        RuntimeError
+            In a process that was forked from one that had used CUDA.
         """
+        if has_kernels(input):
+            check_fork()
         problem = Problem.from_shapes(
             input.shape, weight.shape, None if bias is None else bias.shape, *arguments
         )

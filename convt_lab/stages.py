@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from convt_lab.backend import KERNEL_FOLDER, Array
-from convt_lab.gpu import has_own_instructions
+from convt_lab.gpu import check_fork, has_own_instructions
 from convt_lab.problem import Axis, Problem
 from convt_lab.program import BackendName, Program
 from convt_lab.program import compile as compile_source
@@ -363,7 +363,7 @@ class Call:
         tensors = {
             name: _as_tensor(name, array, kernel.dtypes)
             for name, array in arrays.items()
-            if array is not None
+            if array is not None or name != "bias"
         }
         dtype = tensors["x"].dtype
         for name, tensor in tensors.items():
@@ -447,6 +447,8 @@ def _common_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {device}; move one of them")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"x is on {device}; the stages run on the CPU (simulated) or a CUDA GPU")
+    if device.type == "cuda":
+        check_fork()
     return device
 
 

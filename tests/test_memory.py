@@ -1,5 +1,6 @@
 """What the operator needs of a GPU's memory, and what it says where there is none left."""
 
+import os
 import subprocess
 import sys
 
@@ -8,15 +9,18 @@ import torch
 from paths import tf32
 
 import convt_lab as lab
+from convt_lab import plan as plans
+from convt_lab.gpu import check_fork
 from convt_lab.plan import plan_for
 from convt_lab.stages import kernels
 
-pytestmark = pytest.mark.gpu
+gpu = pytest.mark.gpu
 
 #: Bytes to which PyTorch's allocator rounds a large tensor up.
 ROUNDING = 2 * 2**20
 
 
+@gpu
 @pytest.mark.parametrize(
     ("dtype", "allow_tf32"),
     [
@@ -45,13 +49,14 @@ def test_the_star_needs_memory_for_output_and_packed_weight_alone(dtype, allow_t
     assert torch.cuda.memory_allocated() - before <= y.nbytes + ROUNDING
 
 
+@gpu
 def test_out_of_memory_is_pytorchs_error_and_the_next_call_works():
     problem = lab.Problem(8, 32, 64, 256, 256, kernel_size=(3, 7))
     x, weight, _ = problem.random_inputs(0, "cuda")
     expected = lab.conv_transpose2d(x, weight)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
+    _, total = torch.cuda.mem_get_info()
     room = expected.nbytes // 2
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
     try:
@@ -81,7 +86,10 @@ if child == 0:
             lab.conv_transpose2d(*on_gpu)
         except RuntimeError as error:
             print(error, flush=True)
-            os._exit(0)
+        try:
+            lab.stages["coalesced"](*on_gpu)
+        except RuntimeError as error:
+            os._exit("was forked" not in str(error))
     except BaseException as error:
         print(type(error), error, flush=True)
     os._exit(1)
@@ -91,9 +99,26 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
+@gpu
 def test_a_forked_process_computes_on_the_cpu_and_says_why_not_on_the_gpu():
     done = subprocess.run(
         [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Cannot re-initialize CUDA in forked subprocess" in done.stdout
+    assert "was forked from one that had used CUDA" in done.stdout
+    assert "spawn" in done.stdout
+
+
+def test_a_fork_forgets_its_parents_plans(monkeypatch):
+    monkeypatch.setattr(plans, "_plans", {"a call": "a plan"})
+    child = os.fork()
+    if child == 0:
+        os._exit(len(plans._plans))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert plans._plans
+
+
+def test_a_fork_that_cannot_use_cuda_is_told_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RuntimeError, match="start processes by the 'spawn' method"):
+        check_fork()

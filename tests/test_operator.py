@@ -157,6 +157,14 @@ class TestErrors:
             with pytest.raises(RuntimeError, match=r"device|type"):
                 lab.conv_transpose2d(*tensors, **PROBLEM.arguments)
 
+    def test_a_tensor_without_data_among_others(self):
+        """PyTorch returns what happens to be in memory."""
+        x, weight, bias = PROBLEM.random_inputs(1)
+        for tensors in [(x, weight.to("meta"), bias), (x, weight, bias.to("meta"))]:
+            with pytest.raises(lab.ProblemError, match=r"is on meta and input on cpu"):
+                lab.conv_transpose2d(*tensors, **PROBLEM.arguments)
+        assert lab.conv_transpose2d(*(t.to("meta") for t in (x, weight))).is_meta
+
 
 class TestGradients:
     @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (1, 1, None)])

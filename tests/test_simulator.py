@@ -348,3 +348,47 @@ def test_the_ucontext_fallback_runs_the_same_programs(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     )
     assert "past the end of 'x'" in result.stdout
+
+
+NARROW = """
+import resource, sys
+import numpy as np
+import convt_lab as lab
+from convt_lab.errors import KernelError
+
+program = lab.compile('''
+extern "C" __global__ void wait(float* y) {
+  __syncthreads();
+  y[blockIdx.x * blockDim.x + threadIdx.x] = 1.0f;
+}
+''', backend="simulator")
+trace = sys.argv[2] == "traced"
+small = np.zeros(2, np.float32)
+program.launch("wait", 1, 2, [small], trace=trace)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), limits[1]))
+many = np.zeros(1024, np.float32)
+try:
+    program.launch("wait", 1, 1024, [many], trace=trace)
+except (KernelError, MemoryError) as error:
+    print(type(error).__name__, error)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+program.launch("wait", 1, 1024, [many], trace=trace)
+assert (many == 1).all()
+"""
+
+
+@pytest.mark.parametrize("trace", ["traced", "plain"])
+@pytest.mark.parametrize("room", [0, 2**16, 2**20, 2**23, 2**25, 2**26])
+def test_a_computer_without_memory_is_an_error_and_no_crash(room, trace):
+    """A block's 1024 threads, which all wait, need 128 MiB of stacks."""
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW, str(room), trace],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "memory" in done.stdout or "allocate" in done.stdout

@@ -18,9 +18,10 @@ import soak  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def same_setting():
-    before = torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    cudnn.allow_tf32, cudnn.deterministic = before
 
 
 def test_a_short_one(tmp_path):
@@ -56,7 +57,7 @@ def test_what_a_thread_raises_is_raised():
     job = soak.Job(random.Random(1), "cpu")
     job.call = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        soak.together([soak.Worker([job], 0, [])], "calls", 1)
+        soak.Team([soak.Worker([job], 0, [])]).step("calls", 1)
 
 
 def test_growth_is_told():

@@ -241,6 +241,13 @@ class TestCalls:
         y = lab.stages[stage](flipped, weight, bias, **self.problem.arguments)
         np.testing.assert_allclose(y, expected, atol=1e-5)
 
+    def test_a_tensor_that_is_missing(self, stage, data):
+        x, weight, _ = data
+        with pytest.raises(TypeError, match="x must be a tensor or a NumPy array, not NoneType"):
+            lab.stages[stage](None, weight)
+        with pytest.raises(TypeError, match="weight must be a tensor or a NumPy array"):
+            lab.stages[stage](x, None)
+
     def test_positional_arguments_in_pytorchs_order(self, stage, data, expected):
         p = self.problem
         y = lab.stages[stage](*data, p.stride, p.padding, p.output_padding, p.groups, p.dilation)

@@ -36,17 +36,19 @@ sys.path[:0] = [str(ROOT)]
 from convt_lab import conv_transpose2d, records  # noqa: E402
 from convt_lab.bench import _current_gpu  # noqa: E402
 from convt_lab.ladder import Exact, exact, judge, poisoned  # noqa: E402
+from convt_lab.plan import plan_for  # noqa: E402
 from convt_lab.problem import Problem  # noqa: E402
-from convt_lab.reference import float32_gate, tf32_gate  # noqa: E402
+from convt_lab.reference import float32_gate, tf32_gate, truncation_gate  # noqa: E402
 from convt_lab.stages import kernels  # noqa: E402
 
-#: The star's channels and kernel, a decoder's layer, groups, few channels, one channel a group.
+#: The star's channels and kernel, a decoder's layer, groups, few channels, one channel a group;
+#: large enough that the operator has kernels of its own for most.
 PROBLEMS = (
-    Problem(2, 64, 64, 40, 96, kernel_size=(3, 7)),
-    Problem(2, 64, 40, 24, 24, kernel_size=4, stride=2, padding=1, bias=True),
-    Problem(1, 64, 64, 17, 33, kernel_size=3, stride=2, padding=1, output_padding=1, groups=4),
-    Problem(1, 96, 3, 20, 64, kernel_size=(3, 7), bias=True),
-    Problem(1, 21, 21, 30, 30, kernel_size=4, stride=2, padding=1, groups=21),
+    Problem(4, 64, 64, 128, 256, kernel_size=(3, 7)),
+    Problem(8, 128, 64, 64, 64, kernel_size=4, stride=2, padding=1, bias=True),
+    Problem(4, 256, 256, 65, 64, kernel_size=3, stride=2, padding=1, output_padding=1, groups=4),
+    Problem(4, 96, 3, 256, 256, kernel_size=(3, 7), bias=True),
+    Problem(4, 64, 64, 120, 128, kernel_size=4, stride=2, padding=1, groups=64),
 )
 
 #: The same on the simulator, in small.
@@ -152,11 +154,13 @@ class Way:
             return str(self.dtype).removeprefix("torch.")
         return "tf32" if self.allow_tf32 else "float32"
 
-    def covers(self, problem: Problem) -> bool:
-        """Whether it computes the problem itself."""
-        return self.kernel not in kernels or kernels[self.kernel].supports(
-            problem, self.dtype, False
-        )
+    def covers(self, problem: Problem, inputs: Sequence[torch.Tensor | None]) -> bool:
+        """Whether it computes the problem itself; the operator, whether PyTorch does not."""
+        if self.kernel == "operator":
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=self.allow_tf32):
+                plan = plan_for(*inputs, *problem.arguments.values())
+            return not plan.is_pytorchs
+        return self.kernel == PYTORCH or kernels[self.kernel].supports(problem, self.dtype, False)
 
     def call(self, problem: Problem, inputs: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Compute."""
@@ -165,12 +169,8 @@ class Way:
             PYTORCH: F.conv_transpose2d,
         }
         function = functions.get(self.kernel) or kernels[self.kernel]
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = self.allow_tf32
-        try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=self.allow_tf32):
             return function(*inputs, **problem.arguments)
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
 
 
 def ways(names: Sequence[str]) -> Iterator[Way]:
@@ -193,7 +193,7 @@ def error_of(
     """Return the error and its gate.
 
     Of float32 and TF32 it is the condition error. Of 16 bits, which are stored with one rounding,
-    it is the largest of the error over what that rounding and a float32 sum may be wrong by. Below
+    it is the largest of the error over what that rounding and the sum may be wrong by. Below
     the normal numbers each product and sum may be wrong by half of the least step besides, and the
     error is again a share of what is right.
     """
@@ -215,7 +215,9 @@ def error_of(
         return float("inf"), 1.0
     difference = (result - truth.expected).abs()
     step = torch.finfo(way.dtype).smallest_normal * torch.finfo(way.dtype).eps / 2
-    allowed = unit * truth.expected.abs() + float32_gate(actual.numel()) * 2**-24 * truth.scale
+    # Sums are in float32, on tensor cores, which cut them off.
+    units = max(float32_gate(actual.numel()), truncation_gate(terms_of(problem)))
+    allowed = unit * truth.expected.abs() + units * 2.0**-24 * truth.scale
     shares = torch.where(finite, difference / (allowed + step), 0.0)
     return shares.nan_to_num(float("inf")).max().item(), 1.0
 
@@ -260,7 +262,7 @@ def measure(names: Sequence[str], device: str, seed: int) -> list[dict[str, Any]
                 for way in found:
                     if way.dtype != dtype or way.precision not in precisions:
                         continue
-                    if not way.covers(problem):
+                    if not way.covers(problem, inputs):
                         continue
                     truth = truth or exact(
                         *(None if t is None else t.float() for t in inputs), **problem.arguments
@@ -330,7 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": arguments.seed,
         "meaning": {
             "error": "of float32 and tf32 max|error| / (2^-24 * (|x| conv |w| + |b|)); of 16 bits "
-            "max|error| / (one rounding of the result + the gate of float32); of denormals "
+            "max|error| / (one rounding of the result + what a tensor core's sum may be wrong by); "
+            "of denormals "
             "max|error| / (the gate of float32 + half of the least step for each term); of "
             "integers in float32 how many outputs differ",
             "gate": "the largest error on inputs that cancel, 8 and a little for many outputs",

@@ -3,11 +3,12 @@
     python tools/soak.py [--calls N] [--problems N] [--device cuda|cpu] [--output FILE]
 
 Random problems of all dtypes and memory formats are called in random order, in strict float32 and
-with TF32 by turns. Every result must have the bits of the problem's first call, made before by one
-thread alone. Memory, threads, open files and the build cache's files are counted once everything
-has been called by every thread, then ten times on the way. It fails if a result differs or one of
-them has grown at the end, and writes ``records/GPU-soak.json``, or where ``--output`` says. 100,000
-calls take about a minute.
+with TF32 by turns; most are problems for which the operator chooses kernels of this package. Every
+result must have the bits of the problem's first call, made before by one thread alone (cuDNN is
+told to be deterministic, where it computes). Memory, threads, open files and the build cache's
+files are counted once everything has been called by every thread, then ten times on the way. It
+fails if a result differs or one of them has grown at the end, and writes
+``records/GPU-soak.json``, or where ``--output`` says. 100,000 calls take about a minute.
 
 The record (schema 1): ``what``, ``gpu``, ``software``, ``date``, ``seed``, ``meaning``, ``calls``,
 ``seconds``, ``threads``, ``streams``, ``problems`` (how many), ``kernels`` (of each, how often it
@@ -19,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import random
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -47,25 +49,31 @@ THREADS = STREAMS = 2
 #: How often counts are taken between the first and the last.
 STEPS = 10
 
-#: What a random problem may cost: multiply-adds, and elements of the output.
-MOST_WORK, MOST_OUTPUTS = 50_000_000, 200_000
+#: What a random problem may cost: multiply-adds, and elements of input or output.
+MOST = {"cuda": (2_000_000_000, 3_000_000), "cpu": (10_000_000, 200_000)}
+
+#: How often a problem is drawn again because PyTorch would compute it, for most of them.
+TRIES = 40
 
 #: By how many bytes the process's own memory may have grown: what Python and the driver keep.
 SLACK = 16 * 2**20
 
 
-def random_problem(rng: random.Random) -> Problem:
+def random_problem(rng: random.Random, device: str) -> Problem:
     """Draw a legal problem that is neither large nor empty."""
+    most_work, most_elements = MOST[device]
+    # Of each of batch, height and width.
+    room = 5 if device == "cuda" else 1
     while True:
         groups = rng.choice([1, 1, 1, 2, 4, 8])
         stride = rng.choice([1, 1, 2, 2, 3, 4])
         try:
             problem = Problem(
-                batch=rng.randint(1, 4),
+                batch=rng.randint(1, 4 * room),
                 in_channels=groups * rng.choice([1, 2, 3, 8, 16, 32, 64]),
                 out_channels=groups * rng.choice([1, 2, 3, 8, 16, 32, 64]),
-                height=rng.randint(1, 40),
-                width=rng.randint(1, 72),
+                height=rng.randint(1, 40 * room),
+                width=rng.randint(1, 72 * room),
                 kernel_size=rng.choice([(3, 7), (3, 7), 1, 2, 3, 4, 5, (5, 9), 7]),
                 stride=stride,
                 padding=rng.randint(0, 3),
@@ -76,8 +84,8 @@ def random_problem(rng: random.Random) -> Problem:
             )
         except ProblemError:
             continue
-        outputs = problem.batch * problem.out_channels * problem.out_height * problem.out_width
-        if problem.multiply_adds <= MOST_WORK and outputs <= MOST_OUTPUTS:
+        elements = max(math.prod(problem.input_shape), math.prod(problem.output_shape))
+        if problem.multiply_adds <= most_work and elements <= most_elements:
             return problem
 
 
@@ -93,20 +101,35 @@ class Job:
     """
 
     def __init__(self, rng: random.Random, device: str):
-        self.problem = random_problem(rng)
+        # Of five, four shall be computed by kernels of ours, if enough such are found.
+        for _ in range(TRIES if device == "cuda" and rng.random() < 0.8 else 1):
+            self._draw(rng, device)
+            if "pytorch" not in self.kernels.values():
+                break
+        self.outputs = {}
+        for allow_tf32 in (False, True):
+            torch.backends.cudnn.allow_tf32 = allow_tf32
+            self.outputs[allow_tf32] = self.call()
+
+    def _draw(self, rng: random.Random, device: str) -> None:
+        self.problem = random_problem(rng, device)
         dtype = rng.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
+        generator = torch.Generator(device).manual_seed(rng.randrange(2**31))
+        shapes = (self.problem.input_shape, self.problem.weight_shape, self.problem.bias_shape)
         x, weight, bias = (
-            None if t is None else t.to(dtype)
-            for t in self.problem.random_inputs(rng.randrange(2**31), device)
+            None
+            if shape is None
+            else torch.randn(shape, generator=generator, device=device).to(dtype)
+            for shape in shapes
         )
         if rng.random() < 0.5:
             x = x.contiguous(memory_format=torch.channels_last)
         self.tensors = (x, weight, bias)
-        self.kernels, self.outputs = {}, {}
+        self.kernels = {}
         for allow_tf32 in (False, True):
             torch.backends.cudnn.allow_tf32 = allow_tf32
             plan = plan_for(*self.tensors, *self.problem.arguments.values())
-            self.kernels[allow_tf32], self.outputs[allow_tf32] = plan.kernel, self.call()
+            self.kernels[allow_tf32] = plan.kernel
 
     @property
     def expected(self) -> torch.Tensor:
@@ -206,60 +229,67 @@ class Worker:
         device = jobs[0].expected.device
         # A counter for each stream: nothing orders one stream's additions after another's.
         self.wrong = [torch.zeros((), dtype=torch.int64, device=device) for _ in streams or [0]]
-        self.error: BaseException | None = None
 
     def everything(self) -> None:
         """Call every job once on every stream."""
-        self._guarded(self.jobs)
+        self._call(self.jobs)
 
     def calls(self, count: int) -> None:
         """Call so many jobs."""
-        self._guarded(self.rng.choices(self.jobs, k=count))
+        self._call(self.rng.choices(self.jobs, k=count))
 
-    def _guarded(self, jobs: Sequence[Job]) -> None:
-        try:
-            for number, job in enumerate(jobs):
-                which = number % len(self.wrong)
-                with torch.cuda.stream(self.streams[which] if self.streams else None):
-                    self.wrong[which] += job.wrong(job.call())
-                if self.streams and number % 64 == 63:
-                    # So that the queues, and what they hold, stay short.
-                    self.streams[which].synchronize()
-        except BaseException as error:
-            self.error = error
+    def _call(self, jobs: Sequence[Job]) -> None:
+        for number, job in enumerate(jobs):
+            which = number % len(self.wrong)
+            with torch.cuda.stream(self.streams[which] if self.streams else None):
+                self.wrong[which] += job.wrong(job.call())
+            if self.streams and number % 64 == 63:
+                # So that the queues, and what they hold, stay short.
+                self.streams[which].synchronize()
 
 
-def together(workers: Sequence[Worker], step: str, *arguments: Any) -> None:
-    """Let every worker take a step, in a thread of its own, and wait for all."""
-    threads = [threading.Thread(target=getattr(w, step), args=arguments) for w in workers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for worker in workers:
-        if worker.error is not None:
-            raise worker.error
+class Team:
+    """Workers, each in a thread of its own that lives as long as the team.
+
+    cuDNN keeps what it has found out for each thread: new ones would make the process grow.
+    """
+
+    def __init__(self, workers: Sequence[Worker]):
+        self.workers = workers
+        self.threads = [ThreadPoolExecutor(max_workers=1) for _ in workers]
+
+    def step(self, name: str, *arguments: Any) -> None:
+        """Let every worker take a step, and wait for all; raise what one of them raised."""
+        steps = [
+            thread.submit(getattr(worker, name), *arguments)
+            for thread, worker in zip(self.threads, self.workers, strict=True)
+        ]
+        wait(steps)
+        for step in steps:
+            step.result()
 
 
 def soak(calls: int, problems: int, seed: int, device: str) -> dict[str, Any]:
     """Call and count; the record's part that was found out."""
     rng = random.Random(seed)
+    torch.backends.cudnn.deterministic = True
     jobs = [Job(rng, device) for _ in range(problems)]
     streams = [torch.cuda.Stream() for _ in range(STREAMS)] if device == "cuda" else []
     if device == "cuda":
         torch.cuda.synchronize()
     workers = [Worker(jobs, seed + 1 + number, streams) for number in range(THREADS)]
+    team = Team(workers)
     share = max(1, calls // STEPS // THREADS)
     for allow_tf32 in (False, True):
         torch.backends.cudnn.allow_tf32 = allow_tf32
         for _ in range(2):  # with an odd number of jobs, the second time on the other stream
-            together(workers, "everything")
-        together(workers, "calls", share)  # as full as the queues will be
+            team.step("everything")
+        team.step("calls", share)  # as full as the queues will be
     counts = [{"after": 0, **asdict(Counts.taken(device))}]
     begin = time.perf_counter()
     for step in range(1, STEPS + 1):
         torch.backends.cudnn.allow_tf32 = step % 2 == 0
-        together(workers, "calls", share)
+        team.step("calls", share)
         counts.append({"after": step * share * THREADS, **asdict(Counts.taken(device))})
     seconds = time.perf_counter() - begin
     return {

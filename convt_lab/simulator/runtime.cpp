@@ -29,6 +29,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -177,7 +178,10 @@ struct Fiber {
   Fiber() {
     void* memory = mmap(nullptr, page_bytes() + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
+    if (memory == MAP_FAILED) {
+      if (const auto handler = std::get_new_handler()) handler();
+      throw std::bad_alloc();
+    }
     // A guard page below the stack turns an overflow into a fault. Failing to set it (too many
     // mappings) only loses that check.
     (void)mprotect(memory, page_bytes(), PROT_NONE);
@@ -228,6 +232,7 @@ class Worker {
   std::uint32_t exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes);
   [[noreturn]] void abort(int kind, std::uint64_t address, const char* text);
   bool in_fiber() const { return in_fiber_; }
+  void out_of_memory();
   cudasim::Tracer* tracer() const { return tracer_; }
 
  private:
@@ -336,7 +341,10 @@ Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tra
     shared_ = tls_block(library.module);
     shared_bytes_ = library.shared_bytes;
   }
-  if (launch.shared_bytes > 0) dynamic_shared_ = cudasim_allocate(launch.shared_bytes);
+  if (launch.shared_bytes > 0) {
+    dynamic_shared_ = cudasim_allocate(launch.shared_bytes);
+    if (dynamic_shared_ == nullptr) out_of_memory();
+  }
 
   alternate_stack_ = std::make_unique<char[]>(kAlternateStackBytes);
   stack_t stack{};
@@ -345,8 +353,12 @@ Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tra
   sigaltstack(&stack, &old_alternate_stack_);
   worker = this;
   if (tracer_ != nullptr) {
-    tracer_->begin_launch(launch, shared_, static_cast<const char*>(dynamic_shared_), library.start,
-                          library.end);
+    try {
+      tracer_->begin_launch(launch, shared_, static_cast<const char*>(dynamic_shared_),
+                            library.start, library.end);
+    } catch (const std::bad_alloc&) {
+      out_of_memory();
+    }
   }
 }
 
@@ -358,6 +370,7 @@ Worker::~Worker() {
 }
 
 bool Worker::run_block(CudasimIndex block, std::uint64_t linear) {
+  if (failure_.kind != CUDASIM_NONE) return false;
   block_ = block;
   for (auto& thread : threads_) {
     thread.state = State::kNew;
@@ -373,10 +386,16 @@ bool Worker::run_block(CudasimIndex block, std::uint64_t linear) {
   std::memset(shared_, kPoison, shared_bytes_);
   if (dynamic_shared_ != nullptr) std::memset(dynamic_shared_, kPoison, launch_.shared_bytes);
 
-  if (tracer_ != nullptr) tracer_->begin_block(block, linear);
-  Context& first = next_context();
+  Context* first = nullptr;
+  try {
+    if (tracer_ != nullptr) tracer_->begin_block(block, linear);
+    first = &next_context();
+  } catch (const std::bad_alloc&) {
+    out_of_memory();
+    return false;
+  }
   in_fiber_ = true;
-  Context::change(main_, first);
+  Context::change(main_, *first);
   in_fiber_ = false;
   if (tracer_ != nullptr) tracer_->end_block();
   return failure_.kind == CUDASIM_NONE;
@@ -541,6 +560,42 @@ void Worker::abort(int kind, std::uint64_t address, const char* text) {
   __builtin_unreachable();
 }
 
+void Worker::out_of_memory() {
+  const char* const text = "the computer has no memory left for the simulation";
+  // A thread of the kernel is left where it is: an exception can't pass through its code.
+  if (in_fiber_) abort(CUDASIM_OUT_OF_MEMORY, 0, text);
+  failure_.kind = CUDASIM_OUT_OF_MEMORY;
+  failure_.block = block_;
+  std::snprintf(failure_.text, sizeof(failure_.text), "%s", text);
+}
+
+// Asked by `new` where there is no memory, in any thread of the process, as long as launches run.
+class NewHandler {
+ public:
+  NewHandler() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (launches++ == 0) before = std::set_new_handler(&NewHandler::give_up);
+  }
+  ~NewHandler() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (--launches == 0) std::set_new_handler(before);
+  }
+
+  static void give_up() {
+    if (worker != nullptr && worker->in_fiber()) worker->out_of_memory();
+    if (before == nullptr) throw std::bad_alloc();
+    before();
+  }
+
+ private:
+  static std::mutex mutex;
+  static int launches;
+  static std::new_handler before;
+};
+std::mutex NewHandler::mutex;
+int NewHandler::launches = 0;
+std::new_handler NewHandler::before = nullptr;
+
 // ---------------------------------------------------------------------------------------------
 // Device memory: the addresses reserved for each buffer.
 
@@ -664,11 +719,20 @@ void cudasim_launch(const CudasimLaunch* launch) {
   workers = static_cast<int>(std::min<std::uint64_t>(workers, blocks));
 
   FaultHandlers handlers;
+  NewHandler new_handler;
   std::atomic<std::uint64_t> next_block{0};
   std::mutex failure_mutex;
   std::uint64_t failed_block = ~0ull;
   CudasimFailure failure{};
-  auto work = [&] {
+  const auto fail = [&](std::uint64_t block, const CudasimFailure& what) {
+    next_block = blocks;
+    std::lock_guard<std::mutex> lock(failure_mutex);
+    if (block < failed_block) {
+      failed_block = block;
+      failure = what;
+    }
+  };
+  const auto run = [&] {
     Worker self(*launch, library, tracer);
     for (;;) {
       const std::uint64_t turn = next_block.fetch_add(1, std::memory_order_relaxed);
@@ -678,17 +742,26 @@ void cudasim_launch(const CudasimLaunch* launch) {
                                static_cast<unsigned>(i / grid.x % grid.y),
                                static_cast<unsigned>(i / grid.x / grid.y)};
       if (self.run_block(block, i)) continue;
-      next_block = blocks;
-      std::lock_guard<std::mutex> lock(failure_mutex);
-      if (i < failed_block) {
-        failed_block = i;
-        failure = self.failure();
-      }
-      return;
+      return fail(i, self.failure());
+    }
+  };
+  const auto work = [&] {
+    try {
+      run();
+    } catch (const std::bad_alloc&) {
+      CudasimFailure what{};
+      what.kind = CUDASIM_OUT_OF_MEMORY;
+      std::snprintf(what.text, sizeof(what.text), "the computer has no memory for a worker");
+      fail(0, what);
     }
   };
   std::vector<std::thread> helpers;
-  for (int i = 1; i < workers; ++i) helpers.emplace_back(work);
+  helpers.reserve(workers);
+  try {
+    for (int i = 1; i < workers; ++i) helpers.emplace_back(work);
+  } catch (const std::exception&) {
+    // No more threads are to be had: those that there are do all.
+  }
   work();
   for (auto& helper : helpers) helper.join();
   std::fflush(stdout);

@@ -34,7 +34,8 @@ enum CudasimFailureKind : int {
   CUDASIM_TRAP = 3,               // __trap() or a failed assert
   CUDASIM_DEADLOCK = 4,           // threads wait for others that never come
   CUDASIM_BAD_CONFIGURATION = 5,  // grid, block or shared memory outside the limits
-  CUDASIM_STEP_LIMIT = 6          // more basic blocks than a traced launch may run
+  CUDASIM_STEP_LIMIT = 6,         // more basic blocks than a traced launch may run
+  CUDASIM_OUT_OF_MEMORY = 7       // of the computer that simulates
 };
 
 struct CudasimFailure {

@@ -831,6 +831,14 @@ OPERATOR = (
         "if type(module) is ConvTranspose2d:",
         "test_module.py::TestReplace::test_what_is_more_than_the_class_is_left_alone",
     ),
+    mutant(
+        "forks-with-their-parents-plans",
+        "a forked process runs plans of its parent, and CUDA says no more than that it can't",
+        "plan.py",
+        "    os.register_at_fork(after_in_child=lambda: _plans.clear())\n",
+        "    pass\n",
+        "test_memory.py::test_a_fork_forgets_its_parents_plans",
+    ),
 )
 
 # ---- Exercises ---------------------------------------------------------------------------------

@@ -1,0 +1,298 @@
+"""What `test_fuzz` runs in processes of their own: calls with arguments that nobody would choose.
+
+``python fuzz_cases.py NAME COUNT SEED`` draws COUNT calls of one public function. Each must return
+what is right or raise what PyTorch raises, or an error of the package. What does not is printed,
+and ends in exit status 1. A crash or a hang is for the parent to see.
+"""
+
+import math
+import random
+import resource
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import convt_lab as lab
+from convt_lab.reference import scatter
+
+#: Seconds that one call may take.
+PATIENCE = 5.0
+
+#: Bytes of address space beyond what is in use once all is imported: enough for each legal call.
+ROOM = 4 * 2**30
+
+#: What is large is so large that no output of it can be: of those that just can, PyTorch's own
+#: function may crash where memory ends.
+INTEGERS = [0, 1, 1, 1, 2, 2, 3, 5, -1, -3, 2**31 - 1, 2**31, 2**40, 2**63, -(2**63)]
+ODD = [
+    None, True, False, 1.0, 2.5, math.nan, math.inf, "2", b"2", 1j, object(), [], {}, (),
+    np.int64(2), np.float32(2), torch.tensor(2), torch.tensor([2, 2]), np.array([1, 2]),
+    range(1, 3),
+]  # fmt: skip
+
+
+def integer(rng):
+    return rng.choice(INTEGERS)
+
+
+def pair(rng):
+    """Return something that stands where a pair of integers should."""
+    kind = 1.6 * rng.random()
+    if kind < 0.45 or kind >= 1:
+        return rng.choice([1, 1, 2, 3])
+    if kind < 0.6:
+        return tuple(rng.choice([1, 1, 2, 3]) for _ in range(2))
+    if kind < 0.7:
+        return [integer(rng) for _ in range(rng.choice([1, 2, 2, 3]))]
+    if kind < 0.8:
+        return integer(rng)
+    if kind < 0.9:
+        return tuple(rng.choice([1, *ODD]) for _ in range(2))
+    return rng.choice(ODD)
+
+
+def sizes(rng, rank):
+    if rng.random() < 0.15:
+        rank = rng.choice([0, 1, 2, 3, 5])
+    return [rng.choice([0, *range(1, 8), *range(1, 8), *range(1, 8)]) for _ in range(rank)]
+
+
+def changed(tensor, rng):
+    """Return the tensor in another form: dtype, layout, device, strides, or no tensor at all."""
+    kind = rng.random()
+    if kind < 0.6:
+        return tensor
+    dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool]
+    if kind < 0.75:
+        return tensor.to(rng.choice([*dtypes, torch.complex64, torch.uint8]))
+    if kind < 0.78 and tensor.dim() > 0:
+        return tensor.to_sparse()
+    if kind < 0.81:
+        return tensor.to("meta")
+    if kind < 0.85 and tensor.dim() > 0:
+        return tensor[:1].expand(tensor.shape)  # overlapping memory
+    if kind < 0.88 and tensor.dim() > 1:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if kind < 0.91:
+        return tensor.clone().requires_grad_()
+    if kind < 0.94 and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return rng.choice([tensor.numpy(), tensor.tolist(), None, 3, "x", tensor.new_tensor(math.nan)])
+
+
+def drawn_tensors(rng, rank=4):
+    """Draw input, weight and bias that often fit together."""
+    groups = rng.choice([1, 1, 1, 1, 2, 2, 3, 0])
+    shape = sizes(rng, rank)
+    if len(shape) >= 3 and groups > 0 and rng.random() < 0.7:
+        shape[-3] = groups * rng.choice([1, 2])
+    weight_shape = sizes(rng, 4)
+    if len(weight_shape) == 4 and len(shape) >= 3 and rng.random() < 0.85:
+        weight_shape[0] = shape[-3]
+    channels = weight_shape[1] * groups if len(weight_shape) > 1 else 1
+    bias_shape = [channels] if rng.random() < 0.85 else sizes(rng, 1)
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    x, weight, bias = (
+        torch.randn(s, generator=generator) for s in (shape, weight_shape, bias_shape)
+    )
+    return x, weight, None if rng.random() < 0.5 else bias, groups
+
+
+def drawn_call(rng):
+    """Draw the arguments of a call of the operator."""
+    x, weight, bias, groups = drawn_tensors(rng, rng.choice([4, 4, 4, 3]))
+    if rng.random() < 0.3:
+        x, weight = changed(x, rng), changed(weight, rng)
+        bias = bias if bias is None else changed(bias, rng)
+    arguments = {}
+    for name in ("stride", "padding", "output_padding", "dilation"):
+        if rng.random() < 0.35:
+            arguments[name] = pair(rng)
+    if groups != 1 or rng.random() < 0.3:
+        arguments["groups"] = groups if rng.random() < 0.9 else rng.choice([*INTEGERS, *ODD])
+    return (x, weight, bias), arguments
+
+
+def outcome_of(function, *arguments, **keywords):
+    """Return what a call returns or raises, and its seconds."""
+    begin = time.monotonic()
+    try:
+        result = function(*arguments, **keywords)
+    except Exception as error:
+        result = error
+    return result, time.monotonic() - begin
+
+
+def told_of(value):
+    """Describe a value in few words."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
+    return repr(value)[:200]
+
+
+def same(a, b):
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if a.device.type == "meta" or a.numel() == 0 or a.is_sparse or not a.is_floating_point():
+        return True
+    # PyTorch's sums depend on where the memory lies.
+    return torch.allclose(a.detach(), b.detach(), rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+def operator(rng):
+    """`conv_transpose2d` as PyTorch's, on the CPU."""
+    tensors, arguments = drawn_call(rng)
+    ours, seconds = outcome_of(lab.conv_transpose2d, *tensors, **arguments)
+    theirs, _ = outcome_of(F.conv_transpose2d, *tensors, **arguments)
+    if isinstance(theirs, Exception):
+        # ProblemError is a RuntimeError and a ValueError.
+        fine = isinstance(ours, type(theirs)) or (
+            isinstance(ours, TypeError | lab.ProblemError) and isinstance(theirs, Exception)
+        )
+    elif isinstance(ours, lab.ProblemError | TypeError):
+        # PyTorch returns nothing, or what nobody computed, where there is an error: for sizes of 0,
+        # one tensor without data, and what is no integer.
+        odd = any(isinstance(v, float | bool) for v in arguments.values())
+        devices = {t.device for t in tensors if isinstance(t, torch.Tensor)}
+        sizes_of_0 = any(0 in t.shape for t in tensors if isinstance(t, torch.Tensor))
+        fine = theirs.numel() == 0 or sizes_of_0 or len(devices) > 1 or odd
+    else:
+        fine = isinstance(ours, torch.Tensor) and same(ours, theirs)
+    return (
+        fine,
+        seconds,
+        (f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}, PyTorch: {told_of(theirs)}"),
+    )
+
+
+def problem(rng):
+    """`Problem` as the operator's, in float64, on what it takes."""
+    names = ("batch", "in_channels", "out_channels", "height", "width", "groups")
+    arguments = {
+        name: rng.choice([1, 2, 4, *INTEGERS, *ODD])
+        if rng.random() < 0.15
+        else rng.choice([1, 2, 4])
+        for name in names
+        if rng.random() < 0.7
+    }
+    for name in ("kernel_size", "stride", "padding", "output_padding", "dilation"):
+        if rng.random() < 0.5:
+            arguments[name] = pair(rng)
+    if rng.random() < 0.3:
+        arguments["bias"] = rng.choice([True, False, *ODD])
+    ours, seconds = outcome_of(lab.Problem, **arguments)
+    if isinstance(ours, Exception):
+        return isinstance(ours, TypeError | lab.ProblemError), seconds, f"{arguments}: {ours!r}"
+    elements = math.prod(ours.output_shape) + math.prod(ours.weight_shape)
+    fine = True
+    if 0 < elements < 10_000 and math.prod(ours.input_shape) < 10_000:
+        tensors = [
+            torch.ones(s, dtype=torch.float64) for s in (ours.input_shape, ours.weight_shape)
+        ]
+        theirs, _ = outcome_of(F.conv_transpose2d, *tensors, **ours.arguments)
+        fine = not isinstance(theirs, Exception) and tuple(theirs.shape) == ours.output_shape
+    return fine, seconds, f"{arguments}: {ours!r}"
+
+
+def reference(rng):
+    """`reference.scatter` as PyTorch in float64, on what it takes."""
+    return compared(rng, scatter, lambda result: torch.from_numpy(np.asarray(result)))
+
+
+def stage(rng):
+    """A stage on the simulator."""
+    name = rng.choice(["naive_gather", "coalesced", "shared_tiled"])
+    return compared(rng, lab.stages[name], lambda result: torch.as_tensor(result))
+
+
+def compared(rng, function, as_tensor):
+    tensors, arguments = drawn_call(rng)
+    ours, seconds = outcome_of(function, *tensors, **arguments)
+    told = f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, TypeError | ValueError | RuntimeError | MemoryError), seconds, told
+    doubles = [None if t is None else torch.as_tensor(t).detach().double() for t in tensors]
+    theirs, _ = outcome_of(F.conv_transpose2d, *doubles, **arguments)
+    if isinstance(theirs, Exception):
+        return as_tensor(ours).numel() == 0, seconds, f"{told}, PyTorch: {told_of(theirs)}"
+    actual = as_tensor(ours).double()
+    fine = actual.shape == theirs.shape and torch.allclose(
+        actual, theirs, rtol=1e-4, atol=1e-4, equal_nan=True
+    )
+    return fine, seconds, told
+
+
+KERNEL = """
+extern "C" __global__ void scale(const float* x, float* y, int n, float factor) {
+  __shared__ float kept[32];
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) {
+    kept[threadIdx.x % 32] = x[i] * factor;
+    y[i] = kept[threadIdx.x % 32];
+  }
+}
+"""
+
+
+def launch(rng):
+    """`lab.compile(...).launch(...)` with other arguments than the kernel's."""
+    program = lab.compile(KERNEL, backend="simulator")
+    n = rng.choice([0, 1, 33, 64])
+    arguments = [np.arange(n, dtype=np.float32), np.full(n, np.nan, np.float32), n, 2.0]
+    odd = [*ODD, np.zeros(3), np.zeros(3, np.int8), np.zeros(4, np.float32)[::2], torch.ones(2)]
+    is_changed = rng.random() < 0.7
+    if is_changed:
+        for _ in range(rng.choice([1, 1, 2])):
+            kind = rng.random()
+            if kind < 0.2 and arguments:
+                arguments.pop(rng.randrange(len(arguments)))
+            elif kind < 0.35:
+                arguments.insert(rng.randrange(len(arguments) + 1), rng.choice(odd))
+            elif arguments:
+                arguments[rng.randrange(len(arguments))] = rng.choice([*odd, *INTEGERS])
+    grid, block, shared = 2, 32, 0
+    if rng.random() < 0.4:
+        grid = rng.choice([1, 2, (2, 1), (1, 1, 2), *INTEGERS[:9], *ODD, 2**31, (1, 2**17, 1)])
+    if rng.random() < 0.4:
+        block = rng.choice([32, 64, (8, 4), (0, 1), 1025, 2**20, -1, *ODD, (1, 1, 65)])
+    if rng.random() < 0.2:
+        shared = rng.choice([0, 4, -4, 2**18, 2**40, *ODD])
+    name = "scale" if rng.random() < 0.95 else rng.choice(["", "none", None, 3])
+    given = arguments if rng.random() < 0.97 else rng.choice([None, 3, "ab", np.zeros(4)])
+    ours, seconds = outcome_of(
+        lambda: program.launch(name, grid, block, given, shared_bytes=shared)
+    )
+    told = f"{name!r}, {grid!r}, {block!r}, {arguments!r}, {shared!r}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        kinds = TypeError | ValueError | RuntimeError | AttributeError | KeyError
+        return isinstance(ours, kinds), seconds, told
+    return True, seconds, told
+
+
+FUNCTIONS = {f.__name__: f for f in (operator, problem, reference, stage, launch)}
+
+
+def main(name, count, seed):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+    wrong = 0
+    returned = 0
+    for number in range(count):
+        rng = random.Random(f"{name} {seed} {number}")
+        fine, seconds, told = FUNCTIONS[name](rng)
+        returned += "Error" not in told
+        if not fine or seconds > PATIENCE:
+            wrong += 1
+            print(f"{number} ({seconds:.1f} s): {told[:600]}", flush=True)
+    print(f"{count} calls of {name}, {returned} returned, {wrong} wrong")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])) > 0)
