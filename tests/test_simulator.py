@@ -392,3 +392,113 @@ def test_a_computer_without_memory_is_an_error_and_no_crash(room, trace):
     )
     assert done.returncode == 0, done.stderr
     assert "memory" in done.stdout or "allocate" in done.stdout
+
+
+ENDLESS = {
+    "loop": "__global__ void run(volatile int* x) { while (x[0] == 0) {} }",
+    "barriers": "__global__ void run(volatile int* x) { while (x[0] == 0) __syncthreads(); }",
+    "warps": "__global__ void run(volatile int* x) { while (x[0] == __shfl_sync(~0u, 0, 1)) {} }",
+    "output": '__global__ void run(volatile int* x) { while (x[0] == 0) printf("again\\n"); }',
+    "goto": "__global__ void run(volatile int* x) { again: if (x[0] == 0) goto again; }",
+}
+
+
+@pytest.mark.parametrize("blocks", [1, 9])
+@pytest.mark.parametrize("source", ENDLESS)
+def test_a_launch_that_never_ends_is_stopped(source, blocks, monkeypatch):
+    monkeypatch.setenv("CONVT_LAB_LAUNCH_TIMEOUT", "0.3")
+    program = lab.compile(ENDLESS[source], "simulator")
+    for _ in range(3):
+        with pytest.raises(lab.KernelError, match=r"longer than it may: 0.3 s .*does it ever end"):
+            program.launch("run", blocks, 70, [np.zeros(1, np.int32)])
+    program.launch("run", blocks, 64, [np.ones(1, np.int32)])
+
+
+def test_a_traced_launch_that_never_ends_is_stopped(monkeypatch):
+    monkeypatch.setenv("CONVT_LAB_LAUNCH_TIMEOUT", "0.3")
+    program = lab.compile(ENDLESS["barriers"], "simulator")
+    with pytest.raises(lab.KernelError, match="longer than it may") as caught:
+        program.launch("run", 1, 64, [np.zeros(1, np.int32)], trace=True)
+    assert caught.value.report.totals["global_load_requests"] > 10
+
+
+@pytest.mark.parametrize("chosen", ["soon", "0", "-1", "inf", "nan"])
+def test_a_time_for_launches_that_is_none(chosen, monkeypatch):
+    monkeypatch.setenv("CONVT_LAB_LAUNCH_TIMEOUT", chosen)
+    program = lab.compile(ENDLESS["loop"], "simulator")
+    with pytest.raises(ValueError, match="must be a positive number of seconds"):
+        program.launch("run", 1, 1, [np.ones(1, np.int32)])
+
+
+def test_output_without_end_is_cut_off(tmp_path, capfd):
+    program = lab.compile(
+        """
+        __global__ void run(int lines) {
+          for (int i = 0; i < lines; ++i) printf("%07d of %d\\n", i, lines);
+        }
+        """,
+        "simulator",
+    )
+    program.launch("run", 1, 1, [200_000])
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[:2] == ["0000000 of 200000", "0000001 of 200000"]
+    assert 2**20 - 20 < sum(len(line) + 1 for line in lines) <= 2**20
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import numpy as np
+import convt_lab as lab
+
+program = lab.compile("__global__ void run(volatile int* x) { while (x[0] == 0) {} }", "simulator")
+x = np.zeros(1, np.int32)
+for trace in (False, True):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = time.monotonic()
+    try:
+        program.launch("run", 5, 40, [x], trace=trace)
+    except KeyboardInterrupt:
+        print("interrupted", time.monotonic() - begin < 5, flush=True)
+program.launch("run", 5, 40, [np.ones(1, np.int32)])
+handler = signal.getsignal(signal.SIGINT)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("as before", handler is signal.default_int_handler)
+"""
+
+
+def test_a_launch_can_be_interrupted():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["interrupted True"] * 2 + ["as before True"]
+
+
+FORKED = """
+import os
+import numpy as np
+import convt_lab as lab
+
+os.environ["CONVT_LAB_LAUNCH_TIMEOUT"] = "0.3"
+program = lab.compile("__global__ void run(volatile int* x) { while (x[0] == 0) {} }", "simulator")
+program.launch("run", 1, 1, [np.ones(1, np.int32)])
+child = os.fork()
+try:
+    program.launch("run", 3, 40, [np.zeros(1, np.int32)])
+except lab.KernelError as error:
+    assert "longer than it may" in str(error)
+    if child == 0:
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_stops_its_launches_too():
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0"]

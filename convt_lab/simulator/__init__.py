@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import re
@@ -56,6 +57,32 @@ _TRACE_FLAGS = (
 )
 # A loop made of gotos carries no mark: with this it counts its steps, so that it ends.
 _GOTO_FLAGS = ("-fsanitize-coverage=trace-pc",)
+
+
+#: Seconds that a launch may take, unless ``CONVT_LAB_LAUNCH_TIMEOUT`` says otherwise.
+LAUNCH_TIMEOUT = 3600.0
+
+
+def launch_timeout() -> float:
+    """Return the seconds that a launch may take.
+
+    Raises
+    ------
+    ValueError
+        If ``CONVT_LAB_LAUNCH_TIMEOUT`` is no positive number.
+    """
+    chosen = os.environ.get("CONVT_LAB_LAUNCH_TIMEOUT")
+    if not chosen:
+        return LAUNCH_TIMEOUT
+    try:
+        seconds = float(chosen)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(
+            f"CONVT_LAB_LAUNCH_TIMEOUT={chosen!r}: must be a positive number of seconds"
+        )
+    return seconds
 
 
 def find_compiler() -> str | None:
@@ -136,6 +163,7 @@ def _runtime() -> ctypes.CDLL:
     library.cudasim_allocate.restype = ctypes.c_void_p
     library.cudasim_allocate.argtypes = [ctypes.c_size_t]
     library.cudasim_release.argtypes = [ctypes.c_void_p]
+    library.cudasim_limit_seconds.argtypes = [ctypes.c_double]
     return library
 
 
@@ -151,6 +179,7 @@ class _Failure(ctypes.Structure):
 
     BAD_ACCESS = 1
     BAD_CONFIGURATION = 5
+    STOPPED = 8
 
     _fields_ = [
         ("kind", ctypes.c_int),
@@ -221,6 +250,7 @@ class Simulator(Backend):
         Arrays that overlap share one copy, so that aliasing is what it would be on a GPU.
         """
         runtime = _runtime()
+        runtime.cudasim_limit_seconds(launch_timeout())
         present = sorted((a for a in arrays if a is not None), key=lambda array: array.address)
         with ExitStack() as cleanup:
             spans: list[list[int]] = []  # start, end, copy
@@ -267,6 +297,8 @@ class Simulator(Backend):
         if failure.kind == _Failure.BAD_CONFIGURATION:
             return KernelError(f"{kernel} was not launched: {text}")
         where = f"block {failure.block}, thread {failure.thread}"
+        if failure.kind == _Failure.STOPPED and text != "interrupted":
+            text += f": {launch_timeout():g} s (CONVT_LAB_LAUNCH_TIMEOUT); does it ever end?"
         if failure.kind == _Failure.BAD_ACCESS and failure.address:
             text = f"{text}: {self._place(failure.address)}"
         return KernelError(f"{kernel} stopped in {where}: {text}")

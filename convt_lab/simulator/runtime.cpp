@@ -24,6 +24,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -214,9 +217,12 @@ struct Library {           // the kernel's
   std::uintptr_t start = 0, end = 0;
 };
 
+class Watch;
+
 class Worker {
  public:
-  Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tracer* tracer);
+  Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tracer* tracer,
+         Watch& watch);
   ~Worker();
 
   // Runs one block; false when it failed (see failure()).
@@ -233,6 +239,16 @@ class Worker {
   [[noreturn]] void abort(int kind, std::uint64_t address, const char* text);
   bool in_fiber() const { return in_fiber_; }
   void out_of_memory();
+
+  // A signal that the launch is to stop may come between any two instructions. While something is
+  // held that others need, a lock of the C library's say, it is obeyed later.
+  void hold() { ++held_; }
+  void let_go() {
+    if (--held_ == 0 && is_to_stop_) stop();
+  }
+  void stop();
+  bool is_to_stop() const { return is_to_stop_; }
+  Watch& watch() const { return watch_; }
   cudasim::Tracer* tracer() const { return tracer_; }
 
  private:
@@ -249,6 +265,8 @@ class Worker {
   void report_deadlock();
 
   const CudasimLaunch& launch_;
+  Watch& watch_;
+  volatile std::sig_atomic_t held_ = 0, is_to_stop_ = 0;
   cudasim::Tracer* const tracer_;  // null unless this launch is traced
   CudasimIndex block_{};
   int count_ = 0;  // threads in the block
@@ -326,8 +344,9 @@ Library find_library(const void* address) {
   return search.found;
 }
 
-Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tracer* tracer)
-    : launch_(launch), tracer_(tracer) {
+Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tracer* tracer,
+               Watch& watch)
+    : launch_(launch), watch_(watch), tracer_(tracer) {
   count_ = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   threads_.resize(count_);
   int linear = 0;
@@ -394,7 +413,6 @@ bool Worker::run_block(CudasimIndex block, std::uint64_t linear) {
     out_of_memory();
     return false;
   }
-  in_fiber_ = true;
   Context::change(main_, *first);
   in_fiber_ = false;
   if (tracer_ != nullptr) tracer_->end_block();
@@ -405,6 +423,7 @@ void Worker::fiber_main() { worker->run_threads(); }
 
 // A fiber's life within a block: start thread after thread, each of which may wait on the way.
 void Worker::run_threads() {
+  in_fiber_ = true;  // not before: until then there is no way back to main_
   while (next_new_ < count_) {
     threads_[next_new_].fiber = running_;
     resume(next_new_++);
@@ -417,8 +436,10 @@ void Worker::run_threads() {
 
 Fiber* Worker::take_idle_fiber() {
   if (idle_.empty()) {
+    hold();
     fibers_.push_back(std::make_unique<Fiber>());
     idle_.push_back(fibers_.back().get());
+    let_go();
   }
   Fiber* fiber = idle_.back();
   idle_.pop_back();
@@ -597,6 +618,202 @@ int NewHandler::launches = 0;
 std::new_handler NewHandler::before = nullptr;
 
 // ---------------------------------------------------------------------------------------------
+// Stopping a launch: after a time, or where the user interrupts the process.
+
+std::atomic<double> limit_seconds{0.0};
+std::atomic<unsigned> interrupts{0};
+
+constexpr auto kWatchPeriod = std::chrono::milliseconds(50);
+constexpr std::size_t kMostOutput = 1 << 20;  // bytes; as large as a GPU's buffer for printf
+
+// Replaces what a signal does, as long as one of these exists.
+template <int (*SIGNAL)(), void (*HANDLER)(int, siginfo_t*, void*)>
+class SignalGuard {
+ public:
+  SignalGuard() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (users++ > 0) return;
+    struct sigaction action{};
+    action.sa_sigaction = HANDLER;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTART;
+    sigaction(SIGNAL(), &action, &before);
+  }
+  ~SignalGuard() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (--users > 0) return;
+    struct sigaction now{};
+    sigaction(SIGNAL(), nullptr, &now);
+    if (now.sa_sigaction == HANDLER) sigaction(SIGNAL(), &before, nullptr);
+  }
+  static struct sigaction before;
+
+ private:
+  static std::mutex mutex;
+  static int users;
+};
+template <int (*S)(), void (*H)(int, siginfo_t*, void*)>
+struct sigaction SignalGuard<S, H>::before {};
+template <int (*S)(), void (*H)(int, siginfo_t*, void*)>
+std::mutex SignalGuard<S, H>::mutex;
+template <int (*S)(), void (*H)(int, siginfo_t*, void*)>
+int SignalGuard<S, H>::users = 0;
+
+int stop_signal() { return SIGRTMAX - 3; }
+int interrupt_signal() { return SIGINT; }
+
+void on_stop(int, siginfo_t*, void*) {
+  if (worker != nullptr && worker->in_fiber()) worker->stop();
+}
+void on_interrupt(int signal, siginfo_t* info, void* context);
+using StopGuard = SignalGuard<stop_signal, on_stop>;
+using InterruptGuard = SignalGuard<interrupt_signal, on_interrupt>;
+
+// The process's own handler is asked first: Python's notes the signal, and raises when we are done.
+void on_interrupt(int signal, siginfo_t* info, void* context) {
+  const struct sigaction& before = InterruptGuard::before;
+  if (before.sa_handler == SIG_IGN) return;
+  if (before.sa_handler == SIG_DFL) {
+    sigaction(signal, &before, nullptr);
+    raise(signal);
+    return;
+  }
+  ++interrupts;
+  if (before.sa_flags & SA_SIGINFO) {
+    before.sa_sigaction(signal, info, context);
+  } else {
+    before.sa_handler(signal);
+  }
+}
+
+// One launch, as it is watched: its CPU threads, and why it is to stop.
+class Watch {
+ public:
+  Watch(std::atomic<std::uint64_t>& next_block, std::uint64_t blocks);
+  ~Watch();
+
+  void enter() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    threads_.push_back(pthread_self());
+  }
+  void leave() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    threads_.erase(std::find(threads_.begin(), threads_.end(), pthread_self()));
+  }
+  const char* reason() const { return reason_.load(); }
+  bool may_print(std::size_t bytes) { return printed_.fetch_add(bytes) + bytes <= kMostOutput; }
+
+  // Stops the launch, if it is time. Asked again and again, also in case that a signal has come
+  // between two blocks.
+  void look() {
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin_;
+    if (interrupts != interrupts_before_) {
+      reason_ = "interrupted";
+    } else if (limit_ > 0.0 && taken.count() > limit_) {
+      reason_ = "the launch takes longer than it may";
+    } else {
+      return;
+    }
+    next_block_ = blocks_;
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const pthread_t thread : threads_) pthread_kill(thread, stop_signal());
+  }
+
+ private:
+  std::atomic<std::uint64_t>& next_block_;
+  const std::uint64_t blocks_;
+  const unsigned interrupts_before_;
+  const double limit_;
+  const std::chrono::steady_clock::time_point begin_;
+  StopGuard stop_guard_;
+  InterruptGuard interrupt_guard_;
+  std::atomic<const char*> reason_{nullptr};
+  std::atomic<std::size_t> printed_{0};
+  std::mutex mutex_;
+  std::vector<pthread_t> threads_;
+};
+
+// The process's one thread that looks after all launches. It is never destroyed, as it may still
+// run when the process ends, and started anew in a fork.
+class Watcher {
+ public:
+  static Watcher& the() {
+    static Watcher* const watcher = new Watcher;
+    return *watcher;
+  }
+  void add(Watch* watch) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    watches_.push_back(watch);
+    if (!is_running_) {
+      try {
+        std::thread([this] { run(); }).detach();
+        is_running_ = true;
+      } catch (const std::exception&) {
+        return;  // no more threads are to be had: the launch runs unwatched
+      }
+    }
+    if (is_asleep_) changed_.notify_one();
+  }
+  void remove(Watch* watch) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    watches_.erase(std::find(watches_.begin(), watches_.end(), watch));
+  }
+
+ private:
+  Watcher() {
+    pthread_atfork([] { the().mutex_.lock(); }, [] { the().mutex_.unlock(); },
+                   [] {
+                     the().is_running_ = the().is_asleep_ = false;
+                     the().watches_.clear();
+                     the().mutex_.unlock();
+                   });
+  }
+  void run() {
+    // Signals are for the threads that were there before.
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, nullptr);
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (int idle = 0;; ++idle) {
+      // Short launches come in numbers: it falls asleep only when there was none for a while.
+      if (idle < kPatience) {
+        lock.unlock();
+        std::this_thread::sleep_for(kWatchPeriod);
+        lock.lock();
+      } else {
+        is_asleep_ = true;
+        changed_.wait(lock, [this] { return !watches_.empty(); });
+        is_asleep_ = false;
+      }
+      for (Watch* watch : watches_) watch->look();
+      if (!watches_.empty()) idle = 0;
+    }
+  }
+
+  static constexpr int kPatience = 100;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool is_running_ = false, is_asleep_ = false;
+  std::vector<Watch*> watches_;
+};
+
+Watch::Watch(std::atomic<std::uint64_t>& next_block, std::uint64_t blocks)
+    : next_block_(next_block),
+      blocks_(blocks),
+      interrupts_before_(interrupts),
+      limit_(limit_seconds),
+      begin_(std::chrono::steady_clock::now()) {
+  Watcher::the().add(this);
+}
+Watch::~Watch() { Watcher::the().remove(this); }
+
+// Called by a signal. The tracer's own records must not be left half written: it asks at each step.
+void Worker::stop() {
+  is_to_stop_ = 1;
+  if (held_ > 0 || tracer_ != nullptr) return;
+  abort(CUDASIM_STOPPED, 0, watch_.reason());
+}
+
+// ---------------------------------------------------------------------------------------------
 // Device memory: the addresses reserved for each buffer.
 
 struct Reservation {
@@ -724,6 +941,7 @@ void cudasim_launch(const CudasimLaunch* launch) {
   std::mutex failure_mutex;
   std::uint64_t failed_block = ~0ull;
   CudasimFailure failure{};
+  Watch watch(next_block, blocks);
   const auto fail = [&](std::uint64_t block, const CudasimFailure& what) {
     next_block = blocks;
     std::lock_guard<std::mutex> lock(failure_mutex);
@@ -733,7 +951,7 @@ void cudasim_launch(const CudasimLaunch* launch) {
     }
   };
   const auto run = [&] {
-    Worker self(*launch, library, tracer);
+    Worker self(*launch, library, tracer, watch);
     for (;;) {
       const std::uint64_t turn = next_block.fetch_add(1, std::memory_order_relaxed);
       if (turn >= blocks) return;
@@ -746,6 +964,7 @@ void cudasim_launch(const CudasimLaunch* launch) {
     }
   };
   const auto work = [&] {
+    watch.enter();
     try {
       run();
     } catch (const std::bad_alloc&) {
@@ -754,6 +973,7 @@ void cudasim_launch(const CudasimLaunch* launch) {
       std::snprintf(what.text, sizeof(what.text), "the computer has no memory for a worker");
       fail(0, what);
     }
+    watch.leave();
   };
   std::vector<std::thread> helpers;
   helpers.reserve(workers);
@@ -765,6 +985,10 @@ void cudasim_launch(const CudasimLaunch* launch) {
   work();
   for (auto& helper : helpers) helper.join();
   std::fflush(stdout);
+  if (watch.reason() != nullptr && failure.kind == CUDASIM_NONE) {  // between two blocks
+    failure.kind = CUDASIM_STOPPED;
+    std::snprintf(failure.text, sizeof(failure.text), "%s", watch.reason());
+  }
   if (failure.kind != CUDASIM_NONE && pending_error == 0) {
     pending_error = kLaunchFailure;
     last_failure = failure;
@@ -790,6 +1014,17 @@ std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uin
   return worker->exchange(mask, value, lanes);
 }
 std::size_t cudasim_max_shared_bytes() { return max_shared_bytes; }
+void cudasim_limit_seconds(double seconds) { limit_seconds = seconds; }
+void cudasim_print(const char* text, std::size_t bytes) {
+  if (worker == nullptr || !worker->in_fiber()) {
+    std::fwrite(text, 1, bytes, stdout);
+    return;
+  }
+  if (!worker->watch().may_print(bytes)) return;
+  worker->hold();
+  std::fwrite(text, 1, bytes, stdout);
+  worker->let_go();
+}
 void cudasim_trap(const char* text) { worker->abort(CUDASIM_TRAP, 0, text); }
 
 // The buffer ends (up to its alignment) where unmapped addresses begin; so do those before its
@@ -941,6 +1176,7 @@ static void take_step(cudasim::Tracer* tracer) {
   if (!tracer->take_step()) {
     worker->abort(CUDASIM_STEP_LIMIT, 0, "the launch takes more steps than it may");
   }
+  if (worker->is_to_stop()) worker->abort(CUDASIM_STOPPED, 0, worker->watch().reason());
 }
 void cudasim_enter_loop() {
   if (cudasim::Tracer* tracer = current_tracer()) tracer->enter_loop();

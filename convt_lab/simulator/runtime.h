@@ -35,7 +35,8 @@ enum CudasimFailureKind : int {
   CUDASIM_DEADLOCK = 4,           // threads wait for others that never come
   CUDASIM_BAD_CONFIGURATION = 5,  // grid, block or shared memory outside the limits
   CUDASIM_STEP_LIMIT = 6,         // more basic blocks than a traced launch may run
-  CUDASIM_OUT_OF_MEMORY = 7       // of the computer that simulates
+  CUDASIM_OUT_OF_MEMORY = 7,      // of the computer that simulates
+  CUDASIM_STOPPED = 8             // it took too long, or somebody interrupted it
 };
 
 struct CudasimFailure {
@@ -142,6 +143,12 @@ void cudasim_leave_loop();
 float cudasim_fma(float a, float b, float c);
 void cudasim_tensor_fma(int count);
 void cudasim_atomic(const void* address, std::size_t bytes);
+
+// Limits the seconds of the launches to come, of all CPU threads; 0: no limit.
+void cudasim_limit_seconds(double seconds);
+
+// What printf does: writes text, of a launch's threads no more than a GPU keeps for it.
+void cudasim_print(const char* text, std::size_t bytes);
 
 // Runs a kernel over its grid. A failure is kept for this CPU thread until it is taken.
 void cudasim_launch(const CudasimLaunch* launch);

@@ -10,6 +10,7 @@
 #include <cfloat>
 #include <climits>
 #include <cmath>
+#include <cstdarg>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -20,6 +21,24 @@
 #include <utility>
 
 #include "runtime.h"
+
+// ---- printf, which a launch that is stopped must not be in the middle of ------------------------
+
+__attribute__((format(printf, 1, 2))) inline int cudasim_printf(const char* format, ...) {
+  char text[4096];
+  va_list arguments;
+  va_start(arguments, format);
+  const int length = std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  if (length > 0) {
+    cudasim_print(text, std::min<std::size_t>(static_cast<std::size_t>(length), sizeof text - 1));
+  }
+  return length;
+}
+namespace std {
+using ::cudasim_printf;
+}
+#define printf cudasim_printf
 
 // ---- Keywords ---------------------------------------------------------------------------------
 
