@@ -1359,7 +1359,7 @@ def growth(record: Record) -> Picture:
         "kernel_area": "taps KH · KW",
     }
     figure = Figure(figsize=(_WIDTH, 5.0), layout="constrained")
-    rows = [("", "", "best stage", "ms", "ns/pixel", "MB", "cuDNN ms", "ns/pixel", "MB", "x cuDNN")]
+    rows = [("", "", "best stage", "ms", "ns/pixel", "MB", "cuDNN", "ns/pixel", "MB", "x cuDNN")]
     for axes, (axis, points) in zip(
         figure.subplots(2, 2).flat, record.growth.items(), strict=False
     ):

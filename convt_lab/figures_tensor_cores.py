@@ -131,8 +131,8 @@ def ways(record: Mapping[str, Any], ceilings: Ceilings, *names: str) -> Picture:
                 axes.text(x * right, y, text, ha="right", va="center", fontsize=8, color=_INK)
             table.append(
                 (number, label.replace("channels last", "last"), f"{time:.3f}", ratio,
-                 f"{flops / time / 1e9:.1f}", f"{roof.flops_per_second / 1e12:.0f}", roof.name,
-                 f"{least / time:.1%}")
+                 f"{flops / time / 1e9:.1f}", f"{roof.flops_per_second / 1e12:.0f}",
+                 roof.name.replace(", ", " / ").removesuffix(" products"), f"{least / time:.1%}")
             )  # fmt: skip
         axes.set_xlim(0, right)
         axes.locator_params(axis="x", nbins=8)

@@ -972,6 +972,20 @@ def test_no_output_is_a_warning_or_an_error(page):
             assert output.get("name") != "stderr"
 
 
+COLUMNS = 86  # that the page has room for where it is narrowest on a screen, beside its contents
+
+
+@each_chapter
+def test_what_a_cell_prints_fits_the_page(page):
+    for cell in cells(page):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            is_text = data.keys() <= {"text/plain"}  # what is more is not shown as text
+            text = output.get("text", data.get("text/plain", "") if is_text else "")
+            wide = [line for line in text.splitlines() if len(line) > COLUMNS]
+            assert not wide, cell.source
+
+
 @each_page
 def test_kernels_are_shown_from_their_files_and_never_pasted(page):
     if PAGES[page].suffix == ".md":
