@@ -1103,8 +1103,9 @@ def _speeds(record: Record, shape: Shape) -> str:
         )
     ]
     for row in shape.rows:
+        name = row.name.replace("_channels_last", ", last")
         if row.cold is None:
-            rows.append((row.name, row.status, *[""] * 6))
+            rows.append((name, row.status, *[""] * 6))
             continue
         sustained = row.time_ms("sustained")
         share, speedup = (
@@ -1113,7 +1114,7 @@ def _speeds(record: Record, shape: Shape) -> str:
         )
         rows.append(
             (
-                row.name,
+                name,
                 f"{row.time_ms():.3f}",
                 "" if sustained is None else f"{sustained:.3f}",
                 f"{shape.tflops(row.name):.1f}",
@@ -1358,7 +1359,7 @@ def growth(record: Record) -> Picture:
         "kernel_area": "taps KH · KW",
     }
     figure = Figure(figsize=(_WIDTH, 5.0), layout="constrained")
-    rows = [("", "", "best stage", "ms", "ns/pixel", "MB", "cuDNN ms", "ns/pixel", "MB", "x cuDNN")]
+    rows = [("", "", "best stage", "ms", "ns/pixel", "MB", "cuDNN", "ns/pixel", "MB", "x cuDNN")]
     for axes, (axis, points) in zip(
         figure.subplots(2, 2).flat, record.growth.items(), strict=False
     ):
@@ -1378,7 +1379,8 @@ def growth(record: Record) -> Picture:
             best = pair[0].name if pair[0] else ""
             speedup = point.speedup(best, over=_FLOAT32) if best else None
             ratio = "" if speedup is None else f"{speedup:.2f}"
-            rows.append((axis, str(point.value), best, *cells, ratio))
+            growing = "taps" if axis == "kernel_area" else axis
+            rows.append((growing, str(point.value), best, *cells, ratio))
         values = [point.value for point in points]
         for line, color, style in zip(lines, (_BLUE, _ORANGE), ("o-", "s--"), strict=True):
             axes.plot(values, line, style, color=color, markersize=4, linewidth=1.4)

@@ -112,7 +112,7 @@ def ways(record: Mapping[str, Any], ceilings: Ceilings, *names: str) -> Picture:
     tables = []
     for axes, (name, rows) in zip(panels, entries.items(), strict=True):
         flops = Problem(**record["problems"][name]["problem"]).flops
-        table = [(name, "", "cold ms", "ratio", "TFLOP/s", "ceiling", "", "of it")]
+        table = [(name, "", "ms", "ratio", "TFLOP/s", "ceiling", "", "of it")]
         longest = max(row["cold_ms"] for row in rows.values())
         right = 1.95 * longest
         for x, head in ((0.76, "ms"), (1, "ratio")):
@@ -130,8 +130,9 @@ def ways(record: Mapping[str, Any], ceilings: Ceilings, *names: str) -> Picture:
             for x, text in ((0.76, _three_digits(time)), (1, ratio)):
                 axes.text(x * right, y, text, ha="right", va="center", fontsize=8, color=_INK)
             table.append(
-                (number, label, f"{time:.3f}", ratio, f"{flops / time / 1e9:.1f}",
-                 f"{roof.flops_per_second / 1e12:.1f}", roof.name, f"{least / time:.1%}")
+                (number, label.replace("channels last", "last"), f"{time:.3f}", ratio,
+                 f"{flops / time / 1e9:.1f}", f"{roof.flops_per_second / 1e12:.0f}",
+                 roof.name.replace(", ", " / ").removesuffix(" products"), f"{least / time:.1%}")
             )  # fmt: skip
         axes.set_xlim(0, right)
         axes.locator_params(axis="x", nbins=8)

@@ -159,7 +159,7 @@ CHECKS = {
 
 def tell(when, name, draft):
     """Print what a check says of a draft."""
-    print(textwrap.fill(f"{when} {outcome(name, draft)}", 88, subsequent_indent="    "))
+    print(textwrap.fill(f"{when} {outcome(name, draft)}", 86, subsequent_indent="    "))
 
 
 def compare(name, before, after):

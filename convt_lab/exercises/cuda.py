@@ -45,6 +45,9 @@ HOST_SECONDS = 30.0
 #: Hazards that are told at once.
 MAX_HAZARDS = 3
 
+#: Characters of the learner's line that a message quotes.
+QUOTED = 80
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -324,7 +327,12 @@ def _told(hazards: Sequence[Hazard], answer: str) -> list[str]:
 
 def _quoted(text: str, line: int) -> list[str]:
     lines = text.splitlines()
-    return [f"    {lines[line - 1].strip()}"] if 1 <= line <= len(lines) else []
+    return [f"    {_cut(lines[line - 1].strip())}"] if 1 <= line <= len(lines) else []
+
+
+def _cut(line: str) -> str:
+    """Return as much of a line as fits the page; the number before it says where the rest is."""
+    return line if len(line) <= QUOTED else f"{line[: QUOTED - 2]} …"
 
 
 def _compiler_says(error: CompileError, answer: str) -> list[str]:
