@@ -46,6 +46,22 @@ WRONG = {
         ),
         r"output_padding=2, dilation=1: the result\[0, 0, 0\] is 0 and should be",
     ),
+    "gather.1": (
+        changed("gather.1", "[:, :, ::-1, ::-1]", "[:, :, ::-1]"),
+        r"weight \[2, 3, 3, 3\], .* the convolution's output\[0, 0, 0, 0\] is .* and should be",
+    ),
+    "gather.2": (
+        changed("gather.2", "range(size)", "range(-kernel * dilation, size)"),
+        r"size 1, kernel 2, stride 1, .* dilation 2: no tap reaches output 1, and your list lacks",
+    ),
+    "gather.3": (
+        changed("gather.3", "q - (size - 1)", "q - size"),
+        r"size 1, kernel 2, stride 1, padding 0, output 1: yours are the taps 0, 1, and 1 have an",
+    ),
+    "gather.4": (
+        changed("gather.4", "a * rows.dilation, b * columns.dilation", "a, b"),
+        r"stride 3, dilation 2: output\[0, 0, 0, 0\] is .* and should be",
+    ),
     "naive_gather.1": (
         changed("naive_gather.1", "oh = index / p.out_width % p", "oh = index / p.out_height % p"),
         r"With input 5×3, .*: output\[0, 0, 9, 0\] is nan and .*NaN: .* write_conflict in line",
@@ -225,6 +241,59 @@ WRONG = {
 
 # More of them, each wrong in another way.
 ALSO_WRONG = [
+    (
+        "gather.1",
+        lambda weight, padding, dilation: weight,
+        r"and should return \(weight, \(rows, co",
+    ),
+    (
+        "gather.1",
+        changed("gather.1", ".swapaxes(0, 1)", ""),
+        r"wants a weight \[C_out, C_in, KH, KW\], here \[3, 2, 3, 3\]; yours is \[2, 3, 3, 3\]",
+    ),
+    (
+        "gather.1",
+        changed("gather.1", "flipped, (rows, columns)", "flipped, (columns, rows)"),
+        r"weight \[3, 4, 3, 4\], padding=0, dilation=1: the convolution's output has shape",
+    ),
+    ("gather.1", lambda weight, *_: (weight, -1), "two integers from 0 up, not -1"),
+    ("gather.2", lambda *_: None, "it returns None, and should return a list of outputs"),
+    ("gather.2", lambda *_: [0], "output 0 is in your list, and its sum has terms: 1"),
+    ("gather.2", lambda *_: [1], "there is no output 1, for there are 1"),
+    (
+        "gather.2",
+        changed("gather.2", "if o not in reached]", "if o not in reached] * 2"),
+        "an output is in your list twice",
+    ),
+    ("gather.3", lambda *_: [0], r"it returns \[0\], and should return a range"),
+    (
+        "gather.3",
+        changed("gather.3", "min(kernel, o + padding + 1)", "kernel"),
+        "output 0: yours are the taps 0, 1, and 0 have an input from 0 to 0",
+    ),
+    ("gather.4", lambda x, weight, problem, gather: x, "output has shape .* and should have"),
+    (
+        "gather.4",
+        lambda x, weight, problem, gather: lab.reference.scatter(x, weight, **problem.arguments),
+        "right, but it never calls the gather that it is given",
+    ),
+    (
+        "gather.4",  # zeros between the inputs
+        """
+def by_phases(x, weight, problem, gather):
+    rows, columns = problem.axes
+    n, c_in, height, width = x.shape
+    wide = ((height - 1) * rows.stride + 1, (width - 1) * columns.stride + 1)
+    spread = np.zeros((n, c_in, *wide))
+    spread[:, :, :: rows.stride, :: columns.stride] = x
+    part = gather(spread, weight, (rows.dilation, columns.dilation))
+    full = np.zeros((*part.shape[:2], *(a.out_size + 2 * a.padding for a in problem.axes)))
+    full[:, :, : part.shape[2], : part.shape[3]] = part
+    bottom, right = rows.padding + rows.out_size, columns.padding + columns.out_size
+    return full[:, :, rows.padding : bottom, columns.padding : right]
+""",
+        "stride 2, dilation 1: right, but it multiplies [0-9,]+ times, and .* once is 3,780",
+    ),
     (
         "ladder.1",
         lambda counts, gpu: float("nan"),

@@ -16,6 +16,7 @@ from typing import Any
 from convt_lab.exercises import (
     coalesced,
     decoder,
+    gather,
     hopper,
     ladder,
     naive_gather,
@@ -33,7 +34,8 @@ from convt_lab.exercises.exercise import Exercise, Hints, Result, Solution
 __all__ = ["Result", "check", "hint", "hints", "names", "solution", "start"]
 
 _CHAPTERS = (
-    *(scatter_reference, naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
+    *(scatter_reference, gather),
+    *(naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
     *(tensor_core, tensor_core_split, hopper, operator, decoder, simulator),
 )
 _EXERCISES = MappingProxyType(
