@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import convt_lab as lab
-from convt_lab import decoder_record, figures
+from convt_lab import decoder_record, figures, reference
 from convt_lab.decoder import SegmentationNet
-from convt_lab.exercises import cuda
+from convt_lab.exercises import cuda, first_draft
 from convt_lab.exercises.exercise import edited
 from convt_lab.program import compile as compile_source
 
@@ -61,6 +61,26 @@ WRONG = {
     "gather.4": (
         changed("gather.4", "a * rows.dilation, b * columns.dilation", "a, b"),
         r"stride 3, dilation 2: output\[0, 0, 0, 0\] is .* and should be",
+    ),
+    "first_draft.1": (
+        changed("first_draft.1", "co / group_out", "co % groups"),
+        r"C_in=4, C_out=6, groups=2, .*: y\[1, 0\] is .* and should be",
+    ),
+    "first_draft.2": (
+        changed(
+            "first_draft.2",
+            "((static_cast<int64_t>(n) * c_out + co) * out_h + oh) * out_w",
+            "((n * c_out + co) * out_h + oh) * static_cast<int64_t>(out_w)",
+        ),
+        r"With the last value of \[70000, 70000, 1, 1\]: at\[0\] is [^ ]+ and should be 4\.9e\+09",
+    ),
+    "first_draft.3": (
+        changed("first_draft.3", "stride=(2, 3)", "stride=3"),
+        "passes unseen: one that takes the rows' stride for the columns, too",
+    ),
+    "first_draft.4": (
+        changed("first_draft.4", "(error <= 8 * 2**-24 * scale).all()", "error.max() <= 1e-4"),
+        "a million times as large: yours says False .* zeros: yours says True .* batch: it raises",
     ),
     "naive_gather.1": (
         changed("naive_gather.1", "oh = index / p.out_width % p", "oh = index / p.out_height % p"),
@@ -241,6 +261,71 @@ WRONG = {
 
 # More of them, each wrong in another way.
 ALSO_WRONG = [
+    (
+        "first_draft.1",
+        changed("first_draft.1", "i < 0 || ", ""),
+        "C_in=1, C_out=1, groups=1, 6 inputs, .* 4 bytes before the start of 'x'",
+    ),
+    (
+        "first_draft.1",
+        edited(
+            changed("first_draft.1", "sum = bias[co];", "sum = 0.0f;"),
+            {"    const int ci = ": "    sum += bias[co];\n    const int ci = "},
+        ),
+        r"With C_in=3, C_out=2, groups=1, .*: y\[0, 0\] is .* and should be",
+    ),
+    (
+        "first_draft.2",
+        changed(
+            "first_draft.2",
+            "((static_cast<int64_t>(n) * c_out + co) * out_h + oh) * out_w + ow",
+            "static_cast<int64_t>(((n * c_out + co) * out_h + oh) * out_w + ow)",
+        ),
+        r"With the last value of \[128, 64, 514, 518\]: at\[0\] is .* and should be 2\.18",
+    ),
+    ("first_draft.3", lambda: lab.Problem(), "should return a dict of Problem's arguments"),
+    (
+        "first_draft.3",
+        lambda: {"padding": 1},
+        r"there is no such problem: padding=\(1, 1\) leaves no output",
+    ),
+    ("first_draft.3", lambda: {"kernel": 1}, "there is no such problem: .*'kernel'"),
+    (
+        "first_draft.3",
+        changed("first_draft.3", "width=3", "width=7"),
+        "not yet at most 1,000 multiply-adds; yours: [0-9,]+$",
+    ),
+    (
+        "first_draft.3",
+        lambda: {"batch": 0, "kernel_size": 10**8},
+        "at most 10,000 values in a tensor; yours: 10,000,000,000,000,000$",
+    ),
+    ("first_draft.4", lambda *_: 1, "PyTorch's own result: it returns 1, and should return True"),
+    (
+        "first_draft.4",
+        changed(
+            "first_draft.4",
+            "bool((error <= 8 * 2**-24 * scale).all())",
+            """(
+        not (error > 8 * 2**-24 * scale).any()
+    )""",
+        ),
+        "not yet a single NaN: yours says True nothing but NaN: yours says True$",
+    ),
+    (
+        "first_draft.4",
+        changed("first_draft.4", "    if y.shape != exact.shape:\n        return False\n", ""),
+        "not yet one image where there are two, .*: yours says True channels .* it raises Value",
+    ),
+    (
+        "first_draft.4",  # a mean: one wrong value is lost in it
+        changed(
+            "first_draft.4",
+            "bool((error <= 8 * 2**-24 * scale).all())",
+            "bool(error.sum() <= 1e-3 * scale.sum())",
+        ),
+        "one wrong value in the midst of right ones: yours says True",
+    ),
     (
         "gather.1",
         lambda weight, padding, dilation: weight,
@@ -552,6 +637,36 @@ def test_rules_that_pick_the_fastest_for_the_decoders_layers():
     for alone in decoder_record.find("nvidia-h200-decoder").mode("float32").alone.values():
         seconds = alone.seconds
         assert names["choose"](alone.problem, set(seconds)) == min(seconds, key=seconds.get)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"in_channels": 2}, ["[C_out, C_in]"]),
+        ({"kernel_size": (1, 2)}, ["[KW, KH]"]),
+        ({"kernel_size": 1}, ["[KW, KH]", "flips", "dilation"]),
+        ({"stride": 3}, ["stride"]),
+        ({"padding": 1}, ["padding"]),
+        ({"dilation": 2}, ["dilation"]),
+        ({"output_padding": 0}, ["output_padding"]),
+        ({"out_channels": 2}, ["[C_out, C_in]", "co % groups"]),
+        ({"bias": False}, ["forgets the bias", "first channel's bias"]),
+        ({"batch": 1}, ["first image"]),
+        ({"in_channels": 8}, ["in pairs"]),
+        ({"width": 4}, ["in fours"]),
+    ],
+)
+def test_a_wrong_operator_is_right_where_its_mistake_does_not_show(change, names):
+    given: dict = {}
+    exec(solution("first_draft.3").answer, given)
+    found = first_draft.unseen(lab.Problem(**given["test_problem"]() | change))
+    assert len(found) == len(names)
+    assert all(name in text for name, text in zip(names, found, strict=True)), found
+
+
+def test_the_bound_that_the_first_drafts_judge_is_told():
+    assert "8 * 2**-24 of that" in start("first_draft.4")
+    assert reference.FLOAT32_GATE * reference.UNIT_ROUNDOFF == 8 * 2**-24
 
 
 def test_the_decoder_begins_with_tents():

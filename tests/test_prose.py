@@ -37,6 +37,7 @@ from convt_lab import (
     reference,
 )
 from convt_lab.backend import KERNEL_FOLDER
+from convt_lab.exercises.first_draft import DRAFTS
 from convt_lab.problem import Axis
 from convt_lab.split import FORMATS
 from convt_lab.stages import fma_stages, kernels
@@ -916,6 +917,7 @@ CLAIMS = {
         "rows of 64 pixels": True,  # in the cell below
         "end at 65,535": True,  # the simulator's message above says so, as NVIDIA's guides do
         "point 2 of the checklist": True,
+        "Thirteen operators are each wrong in one way": lambda: len(DRAFTS) == 13,
         "The greatest common divisor is 2": lambda: math.gcd(2, 2) == 2,
         "reads the weight the other way round, so it computes one output channel": lambda: (
             drafts.versions.Draft.read()(torch.zeros(1, 1, 1, 1), torch.zeros(1, 9, 1, 1)).shape[1]

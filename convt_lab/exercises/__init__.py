@@ -16,6 +16,7 @@ from typing import Any
 from convt_lab.exercises import (
     coalesced,
     decoder,
+    first_draft,
     gather,
     hopper,
     ladder,
@@ -34,7 +35,7 @@ from convt_lab.exercises.exercise import Exercise, Hints, Result, Solution
 __all__ = ["Result", "check", "hint", "hints", "names", "solution", "start"]
 
 _CHAPTERS = (
-    *(scatter_reference, gather),
+    *(scatter_reference, gather, first_draft),
     *(naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
     *(tensor_core, tensor_core_split, hopper, operator, decoder, simulator),
 )
