@@ -256,11 +256,61 @@ WRONG = {
         {"  if (threadIdx.x >= count) return;\n": ""},
         r"With 3 rows of 50.* out_of_bounds in line 4: .* of 'x'",
     ),
+    "gpu_primer.1": (
+        changed("gpu_primer.1", "first + j * blockDim.x", "first + j * (blockDim.x + 1)"),
+        r"With 1,535 values: y\[64\] is nan and should be .* write_conflict in line 7",
+    ),
+    "gpu_primer.2": (  # a single thread adds them all
+        edited(
+            changed("gpu_primer.2", "step > 0; step /= 2", "step == THREADS / 2; step /= 2"),
+            {
+                "if (t < step) words[t] += words[t + step];": (
+                    "for (int j = 1; t == 0 && j < THREADS; ++j) words[0] += words[j];"
+                )
+            },
+        ),
+        r"at most 1 wavefronts per request; yours: 1, .* at most 100 requests; yours: 2,044",
+    ),
+    "gpu_primer.3": (
+        changed(
+            "gpu_primer.3", "rounded_up(registers * 32, sm.register_granularity)", "registers * 32"
+        ),
+        r"96 threads, 73 registers, 0 bytes on sm_75: yours is 9, and 8 fit; the limit is reg",
+    ),
 }
 
 
 # More of them, each wrong in another way.
 ALSO_WRONG = [
+    (
+        "gpu_primer.1",
+        changed("gpu_primer.1", "blockDim.x * EACH +", "blockDim.x +"),
+        r"With 1,535 values: y\[\d+\] is nan",
+    ),
+    (
+        "gpu_primer.2",
+        changed(
+            "gpu_primer.2",
+            "words[t] += words[t + step];\n    __syncthreads();",
+            "words[t] += words[t + step];",
+        ),
+        r"race in line \d+: .* of 'words' with no barrier between them",
+    ),
+    *(
+        ("gpu_primer.3", changed("gpu_primer.3", old, new), message)
+        for old, new, message in (
+            (
+                "in_partition = sm.registers_per_sm // sm.partitions // of_warp",
+                "in_partition = sm.registers_per_sm // of_warp / sm.partitions",
+                "96 threads, 100 registers, .* and 5 fit; the limit is registers",
+            ),
+            (" + sm.reserved_shared_bytes", "", "the limit is shared memory"),
+            ("rounded_up(shared, sm.shared_granularity)", "shared", "the limit is shared memory"),
+            ("        sm.blocks_per_sm,\n", "", "and 16 fit; the limit is blocks"),
+            ("-(-threads // 32)", "threads // 64 * 2 or 1", "96 threads.* the limit is"),
+        )
+    ),
+    ("gpu_primer.3", lambda *_: True, "32 threads, .* on sm_75: yours is True, and 16 fit"),
     (
         "first_draft.1",
         changed("first_draft.1", "i < 0 || ", ""),

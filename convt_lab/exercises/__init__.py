@@ -18,6 +18,7 @@ from convt_lab.exercises import (
     decoder,
     first_draft,
     gather,
+    gpu_primer,
     hopper,
     ladder,
     naive_gather,
@@ -38,6 +39,7 @@ _CHAPTERS = (
     *(scatter_reference, gather, first_draft),
     *(naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
     *(tensor_core, tensor_core_split, hopper, operator, decoder, simulator),
+    *(gpu_primer,),
 )
 _EXERCISES = MappingProxyType(
     {exercise.name: exercise for chapter in _CHAPTERS for exercise in chapter.EXERCISES}
