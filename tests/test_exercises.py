@@ -277,11 +277,79 @@ WRONG = {
         ),
         r"96 threads, 73 registers, 0 bytes on sm_75: yours is 9, and 8 fit; the limit is reg",
     ),
+    "measuring.1": (
+        lambda samples: float(np.median(samples)),
+        r"1\d runs, 5 of them warm-ups, \d interrupted.*: yours .* ms, and an undisturbed run tak",
+    ),
+    "measuring.2": (
+        lambda ours, theirs: "ours" if sum(ours) < sum(theirs) else "theirs",
+        r"winner is named in at most 20 of 200; yours: 200 .* interrupted: 'theirs' in at least "
+        r"180 of 200; yours: \d\d? *$",
+    ),
+    "measuring.3": (
+        changed("measuring.3", "        machine.busy(1e-3)\n", ""),
+        r"yours 1[23]\d\.\d µs; a cold run takes 58\.0, .* Python takes 120 to enqueue the kernel",
+    ),
 }
 
 
 # More of them, each wrong in another way.
 ALSO_WRONG = [
+    ("measuring.1", lambda samples: None, "it returns None, which is no time"),
+    ("measuring.1", lambda samples: min(samples), r"one refused: yours 0\.0\d\d ms, and"),
+    (
+        "measuring.1",
+        lambda samples: sum(samples[5:]) / len(samples[5:]),
+        r"more than 1% off in 1\d\d of 200 series",
+    ),
+    ("measuring.2", lambda ours, theirs: 0, "it returns 0, and should return 'ours', 'theirs' or"),
+    ("measuring.2", lambda ours, theirs: None, "longer: 'ours' in at least 180 of 200; yours: 0"),
+    (
+        "measuring.2",  # the drift is taken for noise
+        """
+def faster(ours, theirs):
+    def interval(samples):
+        samples = np.sort(samples)
+        return samples[5], samples[14]
+    (a, b), (c, d) = interval(ours), interval(theirs)
+    return "ours" if b < c else "theirs" if d < a else None
+""",
+        "a machine that slows down: 'ours' in at least 180 of 200; yours: 0 ours takes 3%",
+    ),
+    ("measuring.3", lambda machine: "fast", "it returns 'fast', which is no time"),
+    (
+        "measuring.3",
+        lambda machine: 58e-6,
+        "yours 58.0 µs; a cold run takes 58.0, and yours runs no",
+    ),
+    (
+        "measuring.3",
+        changed("measuring.3", "        machine.flush()\n", ""),
+        r"yours 4[01]\.\d µs; a cold run takes 58\.0, and one with its inputs in the cache 41\.0",
+    ),
+    (
+        "measuring.3",
+        changed("measuring.3", "np.median(times[3:])", "np.mean(times)"),
+        r"yours [\d,.]+ µs; a cold run takes 58\.0",
+    ),
+    (
+        "measuring.3",
+        edited(
+            changed("measuring.3", "begin = machine.event()", "begin = machine.now()"),
+            {"times.append(machine.seconds(begin, end))": "times.append(machine.now() - begin)"},
+        ),
+        "yours 125.0 µs; a cold run takes 58.0",
+    ),
+    (
+        "measuring.3",
+        changed("measuring.3", "for _ in range(23)", "while True"),
+        r"cold_seconds\(<machine>\) raises RuntimeError: more than 20,000 calls",
+    ),
+    (
+        "measuring.3",
+        changed("measuring.3", "busy(1e-3)", "busy(-1)"),
+        r"cold_seconds\(<machine>\) raises ValueError: seconds=-1: must be from 0 to 1",
+    ),
     (
         "gpu_primer.1",
         changed("gpu_primer.1", "blockDim.x * EACH +", "blockDim.x +"),
@@ -643,6 +711,20 @@ def guess(near):
 """,
         ),
         ("operator.4", changed("operator.4", "INPUTS = 2;", "INPUTS = 4;")),
+        (
+            "measuring.2",  # who wins more rounds than a coin would
+            """
+def faster(ours, theirs):
+    wins = sum(a < b for a, b in zip(ours, theirs))
+    return "ours" if wins >= 15 else "theirs" if wins <= 5 else None
+""",
+        ),
+        (
+            "measuring.3",  # a flush after the work of another makes Python early enough, too
+            changed(
+                "measuring.3", "machine.busy(1e-3)", "machine.flush()\n        machine.flush()"
+            ),
+        ),
     ],
 )
 def test_another_answer_that_is_right(name, answer):

@@ -21,6 +21,7 @@ from convt_lab.exercises import (
     gpu_primer,
     hopper,
     ladder,
+    measuring,
     naive_gather,
     operator,
     register_blocked,
@@ -39,7 +40,7 @@ _CHAPTERS = (
     *(scatter_reference, gather, first_draft),
     *(naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
     *(tensor_core, tensor_core_split, hopper, operator, decoder, simulator),
-    *(gpu_primer,),
+    *(gpu_primer, measuring),
 )
 _EXERCISES = MappingProxyType(
     {exercise.name: exercise for chapter in _CHAPTERS for exercise in chapter.EXERCISES}
