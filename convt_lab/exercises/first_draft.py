@@ -16,7 +16,7 @@ from convt_lab.exercises.cuda import KernelExercise, Launch
 from convt_lab.exercises.python import FunctionExercise
 from convt_lab.problem import Problem
 
-__all__ = ["EXERCISES"]
+__all__ = ["DRAFTS", "EXERCISES", "unseen"]
 
 
 # ---- A second draft ------------------------------------------------------------------------------
@@ -202,7 +202,18 @@ DRAFTS: Mapping[str, Callable[[Problem, Tensors], np.ndarray]] = MappingProxyTyp
 
 
 def unseen(problem: Problem) -> list[str]:
-    """Name the drafts whose result on a problem is right."""
+    """Name the drafts whose result on a problem is right.
+
+    Parameters
+    ----------
+    problem
+        Small: each draft computes it in NumPy.
+
+    Returns
+    -------
+    list of str
+        Of the keys of `DRAFTS`.
+    """
     tensors = tuple(None if t is None else t.double().numpy() for t in problem.random_inputs())
     exact = reference.scatter(*tensors, **problem.arguments)
     allowed = 1e-12 * reference.condition_scale(*tensors, **problem.arguments)
