@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import convt_lab as lab
-from convt_lab import decoder_record, figures
+from convt_lab import decoder_record, figures, reference
 from convt_lab.decoder import SegmentationNet
-from convt_lab.exercises import cuda
+from convt_lab.exercises import cuda, first_draft
 from convt_lab.exercises.exercise import edited
 from convt_lab.program import compile as compile_source
 
@@ -45,6 +45,42 @@ WRONG = {
             "slice(h * stride + output_padding, h * stride + span_h + output_padding, dilation)",
         ),
         r"output_padding=2, dilation=1: the result\[0, 0, 0\] is 0 and should be",
+    ),
+    "gather.1": (
+        changed("gather.1", "[:, :, ::-1, ::-1]", "[:, :, ::-1]"),
+        r"weight \[2, 3, 3, 3\], .* the convolution's output\[0, 0, 0, 0\] is .* and should be",
+    ),
+    "gather.2": (
+        changed("gather.2", "range(size)", "range(-kernel * dilation, size)"),
+        r"size 1, kernel 2, stride 1, .* dilation 2: no tap reaches output 1, and your list lacks",
+    ),
+    "gather.3": (
+        changed("gather.3", "q - (size - 1)", "q - size"),
+        r"size 1, kernel 2, stride 1, padding 0, output 1: yours are the taps 0, 1, and 1 have an",
+    ),
+    "gather.4": (
+        changed("gather.4", "a * rows.dilation, b * columns.dilation", "a, b"),
+        r"stride 3, dilation 2: output\[0, 0, 0, 0\] is .* and should be",
+    ),
+    "first_draft.1": (
+        changed("first_draft.1", "co / group_out", "co % groups"),
+        r"C_in=4, C_out=6, groups=2, .*: y\[1, 0\] is .* and should be",
+    ),
+    "first_draft.2": (
+        changed(
+            "first_draft.2",
+            "((static_cast<int64_t>(n) * c_out + co) * out_h + oh) * out_w",
+            "((n * c_out + co) * out_h + oh) * static_cast<int64_t>(out_w)",
+        ),
+        r"With the last value of \[70000, 70000, 1, 1\]: at\[0\] is [^ ]+ and should be 4\.9e\+09",
+    ),
+    "first_draft.3": (
+        changed("first_draft.3", "stride=(2, 3)", "stride=3"),
+        "passes unseen: one that takes the rows' stride for the columns, too",
+    ),
+    "first_draft.4": (
+        changed("first_draft.4", "(error <= 8 * 2**-24 * scale).all()", "error.max() <= 1e-4"),
+        "a million times as large: yours says False .* zeros: yours says True .* batch: it raises",
     ),
     "naive_gather.1": (
         changed("naive_gather.1", "oh = index / p.out_width % p", "oh = index / p.out_height % p"),
@@ -220,11 +256,247 @@ WRONG = {
         {"  if (threadIdx.x >= count) return;\n": ""},
         r"With 3 rows of 50.* out_of_bounds in line 4: .* of 'x'",
     ),
+    "gpu_primer.1": (
+        changed("gpu_primer.1", "first + j * blockDim.x", "first + j * (blockDim.x + 1)"),
+        r"With 1,535 values: y\[64\] is nan and should be .* write_conflict in line 7",
+    ),
+    "gpu_primer.2": (  # a single thread adds them all
+        edited(
+            changed("gpu_primer.2", "step > 0; step /= 2", "step == THREADS / 2; step /= 2"),
+            {
+                "if (t < step) words[t] += words[t + step];": (
+                    "for (int j = 1; t == 0 && j < THREADS; ++j) words[0] += words[j];"
+                )
+            },
+        ),
+        r"at most 1 wavefronts per request; yours: 1, .* at most 100 requests; yours: 2,044",
+    ),
+    "gpu_primer.3": (
+        changed(
+            "gpu_primer.3", "rounded_up(registers * 32, sm.register_granularity)", "registers * 32"
+        ),
+        r"96 threads, 73 registers, 0 bytes on sm_75: yours is 9, and 8 fit; the limit is reg",
+    ),
+    "measuring.1": (
+        lambda samples: float(np.median(samples)),
+        r"1\d runs, 5 of them warm-ups, \d interrupted.*: yours .* ms, and an undisturbed run tak",
+    ),
+    "measuring.2": (
+        lambda ours, theirs: "ours" if sum(ours) < sum(theirs) else "theirs",
+        r"winner is named in at most 20 of 200; yours: 200 .* interrupted: 'theirs' in at least "
+        r"180 of 200; yours: \d\d? *$",
+    ),
+    "measuring.3": (
+        changed("measuring.3", "        machine.busy(1e-3)\n", ""),
+        r"yours 1[23]\d\.\d µs; a cold run takes 58\.0, .* Python takes 120 to enqueue the kernel",
+    ),
 }
 
 
 # More of them, each wrong in another way.
 ALSO_WRONG = [
+    ("measuring.1", lambda samples: None, "it returns None, which is no time"),
+    ("measuring.1", lambda samples: min(samples), r"one refused: yours 0\.0\d\d ms, and"),
+    (
+        "measuring.1",
+        lambda samples: sum(samples[5:]) / len(samples[5:]),
+        r"more than 1% off in 1\d\d of 200 series",
+    ),
+    ("measuring.2", lambda ours, theirs: 0, "it returns 0, and should return 'ours', 'theirs' or"),
+    ("measuring.2", lambda ours, theirs: None, "longer: 'ours' in at least 180 of 200; yours: 0"),
+    (
+        "measuring.2",  # the drift is taken for noise
+        """
+def faster(ours, theirs):
+    def interval(samples):
+        samples = np.sort(samples)
+        return samples[5], samples[14]
+    (a, b), (c, d) = interval(ours), interval(theirs)
+    return "ours" if b < c else "theirs" if d < a else None
+""",
+        "a machine that slows down: 'ours' in at least 180 of 200; yours: 0 ours takes 3%",
+    ),
+    ("measuring.3", lambda machine: "fast", "it returns 'fast', which is no time"),
+    (
+        "measuring.3",
+        lambda machine: 58e-6,
+        "yours 58.0 µs; a cold run takes 58.0, and yours runs no",
+    ),
+    (
+        "measuring.3",
+        changed("measuring.3", "        machine.flush()\n", ""),
+        r"yours 4[01]\.\d µs; a cold run takes 58\.0, and one with its inputs in the cache 41\.0",
+    ),
+    (
+        "measuring.3",
+        changed("measuring.3", "np.median(times[3:])", "np.mean(times)"),
+        r"yours [\d,.]+ µs; a cold run takes 58\.0",
+    ),
+    (
+        "measuring.3",
+        edited(
+            changed("measuring.3", "begin = machine.event()", "begin = machine.now()"),
+            {"times.append(machine.seconds(begin, end))": "times.append(machine.now() - begin)"},
+        ),
+        "yours 125.0 µs; a cold run takes 58.0",
+    ),
+    (
+        "measuring.3",
+        changed("measuring.3", "for _ in range(23)", "while True"),
+        r"cold_seconds\(<machine>\) raises RuntimeError: more than 20,000 calls",
+    ),
+    (
+        "measuring.3",
+        changed("measuring.3", "busy(1e-3)", "busy(-1)"),
+        r"cold_seconds\(<machine>\) raises ValueError: seconds=-1: must be from 0 to 1",
+    ),
+    (
+        "gpu_primer.1",
+        changed("gpu_primer.1", "blockDim.x * EACH +", "blockDim.x +"),
+        r"With 1,535 values: y\[\d+\] is nan",
+    ),
+    (
+        "gpu_primer.2",
+        changed(
+            "gpu_primer.2",
+            "words[t] += words[t + step];\n    __syncthreads();",
+            "words[t] += words[t + step];",
+        ),
+        r"race in line \d+: .* of 'words' with no barrier between them",
+    ),
+    *(
+        ("gpu_primer.3", changed("gpu_primer.3", old, new), message)
+        for old, new, message in (
+            (
+                "in_partition = sm.registers_per_sm // sm.partitions // of_warp",
+                "in_partition = sm.registers_per_sm // of_warp / sm.partitions",
+                "96 threads, 100 registers, .* and 5 fit; the limit is registers",
+            ),
+            (" + sm.reserved_shared_bytes", "", "the limit is shared memory"),
+            ("rounded_up(shared, sm.shared_granularity)", "shared", "the limit is shared memory"),
+            ("        sm.blocks_per_sm,\n", "", "and 16 fit; the limit is blocks"),
+            ("-(-threads // 32)", "threads // 64 * 2 or 1", "96 threads.* the limit is"),
+        )
+    ),
+    ("gpu_primer.3", lambda *_: True, "32 threads, .* on sm_75: yours is True, and 16 fit"),
+    (
+        "first_draft.1",
+        changed("first_draft.1", "i < 0 || ", ""),
+        "C_in=1, C_out=1, groups=1, 6 inputs, .* 4 bytes before the start of 'x'",
+    ),
+    (
+        "first_draft.1",
+        edited(
+            changed("first_draft.1", "sum = bias[co];", "sum = 0.0f;"),
+            {"    const int ci = ": "    sum += bias[co];\n    const int ci = "},
+        ),
+        r"With C_in=3, C_out=2, groups=1, .*: y\[0, 0\] is .* and should be",
+    ),
+    (
+        "first_draft.2",
+        changed(
+            "first_draft.2",
+            "((static_cast<int64_t>(n) * c_out + co) * out_h + oh) * out_w + ow",
+            "static_cast<int64_t>(((n * c_out + co) * out_h + oh) * out_w + ow)",
+        ),
+        r"With the last value of \[128, 64, 514, 518\]: at\[0\] is .* and should be 2\.18",
+    ),
+    ("first_draft.3", lambda: lab.Problem(), "should return a dict of Problem's arguments"),
+    (
+        "first_draft.3",
+        lambda: {"padding": 1},
+        r"there is no such problem: padding=\(1, 1\) leaves no output",
+    ),
+    ("first_draft.3", lambda: {"kernel": 1}, "there is no such problem: .*'kernel'"),
+    (
+        "first_draft.3",
+        changed("first_draft.3", "width=3", "width=7"),
+        "not yet at most 1,000 multiply-adds; yours: [0-9,]+$",
+    ),
+    (
+        "first_draft.3",
+        lambda: {"batch": 0, "kernel_size": 10**8},
+        "at most 10,000 values in a tensor; yours: 10,000,000,000,000,000$",
+    ),
+    ("first_draft.4", lambda *_: 1, "PyTorch's own result: it returns 1, and should return True"),
+    (
+        "first_draft.4",
+        changed(
+            "first_draft.4",
+            "bool((error <= 8 * 2**-24 * scale).all())",
+            """(
+        not (error > 8 * 2**-24 * scale).any()
+    )""",
+        ),
+        "not yet a single NaN: yours says True nothing but NaN: yours says True$",
+    ),
+    (
+        "first_draft.4",
+        changed("first_draft.4", "    if y.shape != exact.shape:\n        return False\n", ""),
+        "not yet one image where there are two, .*: yours says True channels .* it raises Value",
+    ),
+    (
+        "first_draft.4",  # a mean: one wrong value is lost in it
+        changed(
+            "first_draft.4",
+            "bool((error <= 8 * 2**-24 * scale).all())",
+            "bool(error.sum() <= 1e-3 * scale.sum())",
+        ),
+        "one wrong value in the midst of right ones: yours says True",
+    ),
+    (
+        "gather.1",
+        lambda weight, padding, dilation: weight,
+        r"and should return \(weight, \(rows, co",
+    ),
+    (
+        "gather.1",
+        changed("gather.1", ".swapaxes(0, 1)", ""),
+        r"wants a weight \[C_out, C_in, KH, KW\], here \[3, 2, 3, 3\]; yours is \[2, 3, 3, 3\]",
+    ),
+    (
+        "gather.1",
+        changed("gather.1", "flipped, (rows, columns)", "flipped, (columns, rows)"),
+        r"weight \[3, 4, 3, 4\], padding=0, dilation=1: the convolution's output has shape",
+    ),
+    ("gather.1", lambda weight, *_: (weight, -1), "two integers from 0 up, not -1"),
+    ("gather.2", lambda *_: None, "it returns None, and should return a list of outputs"),
+    ("gather.2", lambda *_: [0], "output 0 is in your list, and its sum has terms: 1"),
+    ("gather.2", lambda *_: [1], "there is no output 1, for there are 1"),
+    (
+        "gather.2",
+        changed("gather.2", "if o not in reached]", "if o not in reached] * 2"),
+        "an output is in your list twice",
+    ),
+    ("gather.3", lambda *_: [0], r"it returns \[0\], and should return a range"),
+    (
+        "gather.3",
+        changed("gather.3", "min(kernel, o + padding + 1)", "kernel"),
+        "output 0: yours are the taps 0, 1, and 0 have an input from 0 to 0",
+    ),
+    ("gather.4", lambda x, weight, problem, gather: x, "output has shape .* and should have"),
+    (
+        "gather.4",
+        lambda x, weight, problem, gather: lab.reference.scatter(x, weight, **problem.arguments),
+        "right, but it never calls the gather that it is given",
+    ),
+    (
+        "gather.4",  # zeros between the inputs
+        """
+def by_phases(x, weight, problem, gather):
+    rows, columns = problem.axes
+    n, c_in, height, width = x.shape
+    wide = ((height - 1) * rows.stride + 1, (width - 1) * columns.stride + 1)
+    spread = np.zeros((n, c_in, *wide))
+    spread[:, :, :: rows.stride, :: columns.stride] = x
+    part = gather(spread, weight, (rows.dilation, columns.dilation))
+    full = np.zeros((*part.shape[:2], *(a.out_size + 2 * a.padding for a in problem.axes)))
+    full[:, :, : part.shape[2], : part.shape[3]] = part
+    bottom, right = rows.padding + rows.out_size, columns.padding + columns.out_size
+    return full[:, :, rows.padding : bottom, columns.padding : right]
+""",
+        "stride 2, dilation 1: right, but it multiplies [0-9,]+ times, and .* once is 3,780",
+    ),
     (
         "ladder.1",
         lambda counts, gpu: float("nan"),
@@ -439,6 +711,20 @@ def guess(near):
 """,
         ),
         ("operator.4", changed("operator.4", "INPUTS = 2;", "INPUTS = 4;")),
+        (
+            "measuring.2",  # who wins more rounds than a coin would
+            """
+def faster(ours, theirs):
+    wins = sum(a < b for a, b in zip(ours, theirs))
+    return "ours" if wins >= 15 else "theirs" if wins <= 5 else None
+""",
+        ),
+        (
+            "measuring.3",  # a flush after the work of another makes Python early enough, too
+            changed(
+                "measuring.3", "machine.busy(1e-3)", "machine.flush()\n        machine.flush()"
+            ),
+        ),
     ],
 )
 def test_another_answer_that_is_right(name, answer):
@@ -483,6 +769,36 @@ def test_rules_that_pick_the_fastest_for_the_decoders_layers():
     for alone in decoder_record.find("nvidia-h200-decoder").mode("float32").alone.values():
         seconds = alone.seconds
         assert names["choose"](alone.problem, set(seconds)) == min(seconds, key=seconds.get)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"in_channels": 2}, ["[C_out, C_in]"]),
+        ({"kernel_size": (1, 2)}, ["[KW, KH]"]),
+        ({"kernel_size": 1}, ["[KW, KH]", "flips", "dilation"]),
+        ({"stride": 3}, ["stride"]),
+        ({"padding": 1}, ["padding"]),
+        ({"dilation": 2}, ["dilation"]),
+        ({"output_padding": 0}, ["output_padding"]),
+        ({"out_channels": 2}, ["[C_out, C_in]", "co % groups"]),
+        ({"bias": False}, ["forgets the bias", "first channel's bias"]),
+        ({"batch": 1}, ["first image"]),
+        ({"in_channels": 8}, ["in pairs"]),
+        ({"width": 4}, ["in fours"]),
+    ],
+)
+def test_a_wrong_operator_is_right_where_its_mistake_does_not_show(change, names):
+    given: dict = {}
+    exec(solution("first_draft.3").answer, given)
+    found = first_draft.unseen(lab.Problem(**given["test_problem"]() | change))
+    assert len(found) == len(names)
+    assert all(name in text for name, text in zip(names, found, strict=True)), found
+
+
+def test_the_bound_that_the_first_drafts_judge_is_told():
+    assert "8 * 2**-24 of that" in start("first_draft.4")
+    assert reference.FLOAT32_GATE * reference.UNIT_ROUNDOFF == 8 * 2**-24
 
 
 def test_the_decoder_begins_with_tents():

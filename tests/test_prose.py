@@ -37,6 +37,7 @@ from convt_lab import (
     reference,
 )
 from convt_lab.backend import KERNEL_FOLDER
+from convt_lab.exercises.first_draft import DRAFTS
 from convt_lab.problem import Axis
 from convt_lab.split import FORMATS
 from convt_lab.stages import fma_stages, kernels
@@ -179,7 +180,7 @@ def fastest_hold_fewest_warps() -> bool:
 
 
 def exercise_axis() -> Axis:
-    """Of the gather chapter's first exercise."""
+    """Of the gather chapter's exercise on paper."""
     return Problem(width=9, kernel_size=(1, 7), stride=(1, 2), dilation=(1, 3)).axes[1]
 
 
@@ -891,8 +892,6 @@ CLAIMS = {
         "Output 7 has the odd taps: 1 with input 2": lambda: exercise_axis().taps(7) == [(1, 2)],
         "which taps reach output 6, and output 7": True,
         "the inverse of 3 modulo 2 is 1": lambda: exercise_axis().inverse == pow(3, -1, 2) == 1,
-        "gives to input 0": True,
-        "until the dilation is 1": True,  # kernels/phase.cuh; test_stages runs such problems
     },
     "first_draft": {
         "It has eleven mistakes": lambda: len(drafts.versions.MENDS) == 11,
@@ -916,6 +915,7 @@ CLAIMS = {
         "rows of 64 pixels": True,  # in the cell below
         "end at 65,535": True,  # the simulator's message above says so, as NVIDIA's guides do
         "point 2 of the checklist": True,
+        "Thirteen operators are each wrong in one way": lambda: len(DRAFTS) == 13,
         "The greatest common divisor is 2": lambda: math.gcd(2, 2) == 2,
         "reads the weight the other way round, so it computes one output channel": lambda: (
             drafts.versions.Draft.read()(torch.zeros(1, 1, 1, 1), torch.zeros(1, 9, 1, 1)).shape[1]

@@ -16,8 +16,12 @@ from typing import Any
 from convt_lab.exercises import (
     coalesced,
     decoder,
+    first_draft,
+    gather,
+    gpu_primer,
     hopper,
     ladder,
+    measuring,
     naive_gather,
     operator,
     register_blocked,
@@ -33,8 +37,10 @@ from convt_lab.exercises.exercise import Exercise, Hints, Result, Solution
 __all__ = ["Result", "check", "hint", "hints", "names", "solution", "start"]
 
 _CHAPTERS = (
-    *(scatter_reference, naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
+    *(scatter_reference, gather, first_draft),
+    *(naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
     *(tensor_core, tensor_core_split, hopper, operator, decoder, simulator),
+    *(gpu_primer, measuring),
 )
 _EXERCISES = MappingProxyType(
     {exercise.name: exercise for chapter in _CHAPTERS for exercise in chapter.EXERCISES}

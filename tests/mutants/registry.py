@@ -910,6 +910,38 @@ EXERCISES = (
         'return None if True else "a hook',
         "test_exercises.py::test_another_wrong_answer_is_told_what_is_wrong[decoder.2-2]",
     ),
+    mutant(
+        "exercises-let-zeros-be-multiplied",
+        "phases that multiply what no tap meets pass",
+        "exercises/gather.py",
+        "if sum(done) > whole:",
+        "if False:",
+        "test_exercises.py::test_another_wrong_answer_is_told_what_is_wrong[gather.4-3]",
+    ),
+    mutant(
+        "exercises-let-a-large-test-pass",
+        "a problem that finds every wrong operator may cost what it likes",
+        "exercises/first_draft.py",
+        "if multiply_adds > _MOST_MULTIPLY_ADDS:",
+        "if False:",
+        "test_exercises.py::test_another_wrong_answer_is_told_what_is_wrong[first_draft.3-4]",
+    ),
+    mutant(
+        "exercises-a-pretended-gpu-without-a-cache",
+        "a kernel's inputs are never found in the cache, so nobody has to flush it",
+        "exercises/measuring.py",
+        "self._in_cache = True",
+        "self._in_cache = False",
+        "test_exercises.py::test_another_wrong_answer_is_told_what_is_wrong[measuring.3-3]",
+    ),
+    mutant(
+        "exercises-a-pretended-gpu-that-never-waits",
+        "a GPU that is idle when an event comes does not wait for Python to launch the kernel",
+        "exercises/measuring.py",
+        "self._gpu = max(self._gpu, self._python) + gpu",
+        "self._gpu = self._gpu + gpu",
+        f"{TOLD}[measuring.3]",
+    ),
 )
 
 # ---- Several ranks -----------------------------------------------------------------------------
