@@ -16,6 +16,7 @@ from typing import Any
 from convt_lab.exercises import (
     coalesced,
     decoder,
+    distributed,
     hopper,
     ladder,
     naive_gather,
@@ -34,7 +35,8 @@ __all__ = ["Result", "check", "hint", "hints", "names", "solution", "start"]
 
 _CHAPTERS = (
     *(scatter_reference, naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
-    *(tensor_core, tensor_core_split, hopper, operator, decoder, simulator),
+    *(tensor_core, tensor_core_split, hopper, operator, decoder, distributed),
+    simulator,
 )
 _EXERCISES = MappingProxyType(
     {exercise.name: exercise for chapter in _CHAPTERS for exercise in chapter.EXERCISES}
