@@ -241,6 +241,22 @@ WRONG = {
         changed("decoder.5", "(oh + 1) / 2 - kh, 0)", "(oh + 1) / 2 - kh, 1)"),
         r"With an image of 3×5: y\[0, 0\] is .* and should be",
     ),
+    "distributed.1": (
+        changed("distributed.1", "min(end, owned[other + 1])", "end"),
+        r"heights \[3, 5, 4\], kernel 7, .*: yours says .*; sent is \{\(0, 1\): \d",
+    ),
+    "distributed.2": (
+        changed("distributed.2", "output[start:] += bottom", "output[start:] = bottom"),
+        r"height 5, cut 1, kernel 2, stride 1, dilation 1: the output\[1, 0\] is .* should be",
+    ),
+    "distributed.3": (
+        changed("distributed.3", "max(0, len(taps) - stride)", "len(taps)"),
+        r"input_rows 2, kernel 1, stride 1: 1 rows are asked for, and 0 are needed",
+    ),
+    "distributed.4": (
+        changed("distributed.4", "strip + max(alone / ranks, exchange)", "strip + alone / ranks"),
+        r"least 0\.5: yours says \d+; by the model it is \d+",
+    ),
     "simulator.1": (
         (2, 4, 6, 8, 10, 12, 14, 16),
         r"stride 3: 6 is wrong; the simulator counts fewer",

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -35,6 +36,7 @@ from convt_lab import (
     operator_record,
     records,
     reference,
+    scaling,
 )
 from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.exercises.first_draft import DRAFTS
@@ -450,6 +452,27 @@ def share_of_two_longest() -> float:
     return math.fsum(seconds[-2:]) / math.fsum(seconds)
 
 
+#: The image that the chapter on several GPUs splits.
+TALL = replace(STAR, batch=1, height=8192, width=8192)
+
+
+@functools.cache
+def split_tall(ranks: int, link: str) -> scaling.Prediction:
+    record = operator_record.load(records.FOLDER / "nvidia-h200-operator.json")
+    return scaling.predict(TALL, ranks, scaling.machine_of(record, STAR, scaling.LINKS[link]))
+
+
+def exchange_in_rows(link: str) -> float:
+    split = split_tall(2, link)
+    return split.exchange / (split.alone / TALL.height)
+
+
+def bytes_per_flop(split: str, ranks: int) -> float:
+    """Of the star, forward and backward."""
+    sent, work = scaling.bytes_sent(STAR, split, ranks), scaling.flops_of_a_rank(STAR, ranks)
+    return sum(sent) / sum(work)
+
+
 # What a page says, and whether it is so: True if the phrase itself is made from the code, or names
 # what the cell beside it sets or prints.
 CLAIMS = {
@@ -766,6 +789,35 @@ CLAIMS = {
         "add up to more than the whole pass, before the swap and after it": lambda: (
             min(kernels_over_clock(mode, "training") for mode in ("float32", "TF32")) > 1.05
         ),
+    },
+    "distributed": {
+        "The last two rows of ranks 0 and 1": lambda: scaling.overlap(3, 1, 1) == 2,
+        # Cited: those of the page's sources.
+        "NVLink with 900 GB/s, both directions together": lambda: (
+            scaling.LINKS["NVLink"] == 900e9 / 2
+        ),
+        "InfiniBand adapters of 400 Gb/s": lambda: scaling.LINKS["InfiniBand"] == 400e9 / 8,
+        "a system of 1,024 GPUs": True,
+        "In its 128 servers of 8": 128 * 8 == 1024,
+        "the quotient doubles, at least": lambda: all(
+            bytes_per_flop(split, 2 * ranks) > 1.99 * bytes_per_flop(split, ranks)
+            for split in scaling.SPLITS
+            for ranks in (2, 4)
+        ),
+        "is hidden behind a row or two, over InfiniBand behind a dozen": lambda: (
+            1 < exchange_in_rows("NVLink") < 2 and 11 < exchange_in_rows("InfiniBand") < 13
+        ),
+        "Eight GPUs, and 1,024": True,  # in the cell below
+        "Of 1,024 GPUs some neighbours": True,
+        "over one to 1,024 GPUs": True,
+        "stay near one up to dozens of GPUs": lambda: (
+            split_tall(64, "InfiniBand").efficiency > 0.95
+        ),
+        "8192 by 8192 pixels": (TALL.height, TALL.width) == (8192, 8192),
+        "1,024 GPUs leave eight rows to each, and the efficiency falls far": lambda: (
+            TALL.height / 1024 == 8 and split_tall(1024, "InfiniBand").efficiency < 0.6
+        ),
+        "an all-reduce over 1,024 ranks": True,
     },
     "api": {},
     "gpu_primer": {

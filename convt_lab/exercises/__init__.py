@@ -16,6 +16,7 @@ from typing import Any
 from convt_lab.exercises import (
     coalesced,
     decoder,
+    distributed,
     first_draft,
     gather,
     gpu_primer,
@@ -39,7 +40,7 @@ __all__ = ["Result", "check", "hint", "hints", "names", "solution", "start"]
 _CHAPTERS = (
     *(scatter_reference, gather, first_draft),
     *(naive_gather, coalesced, shared_tiled, register_blocked, winograd, ladder),
-    *(tensor_core, tensor_core_split, hopper, operator, decoder, simulator),
+    *(tensor_core, tensor_core_split, hopper, operator, decoder, distributed, simulator),
     *(gpu_primer, measuring),
 )
 _EXERCISES = MappingProxyType(

@@ -982,6 +982,22 @@ DISTRIBUTED = (
         "out_size=rows.out_size",
         "test_cropped_rows.py::test_every_kernel[coalesced-cpu]",
     ),
+    mutant(
+        "strips-cost-nothing",
+        "a prediction for several ranks leaves out the rows that are computed for others",
+        "scaling.py",
+        "return self.strip + max(self.interior, self.exchange)",
+        "return max(self.interior, self.exchange)",
+        "test_scaling.py::test_a_prediction_is_made_of_its_parts",
+    ),
+    mutant(
+        "weak-scaling-taken-for-strong",
+        "an efficiency is divided by the number of GPUs where the problem grew with them",
+        "distributed_record.py",
+        "(1 if CASES[row.case] else row.ranks)",
+        "row.ranks",
+        "test_distributed_record.py::test_efficiency_is_of_weak_or_of_strong_scaling",
+    ),
 )
 
 MUTANTS = (*KERNELS, *OPERATOR, *EXERCISES, *DISTRIBUTED)
