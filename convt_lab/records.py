@@ -933,8 +933,8 @@ def slug(gpu: str) -> str:
 def names(folder: Path = FOLDER) -> tuple[str, ...]:
     """Return the names of this module's records in `folder`, which also holds other kinds."""
     other = re.compile(
-        r"architectures|.*-(counters|decoder|distributed|history|neighbours|operator|profiles"
-        r"|sanitizer|tensor-cores)"
+        r"architectures|.*-(accuracy|counters|decoder|distributed|history|neighbours|operator"
+        r"|profiles|sanitizer|soak|tensor-cores)"
     )
     return tuple(sorted(p.stem for p in folder.glob("*.json") if not other.fullmatch(p.stem)))
 

@@ -113,3 +113,20 @@ def test_a_run(tmp_path, capsys):
         for name, value in record["problems"][0].items()
     }) == PROBLEM  # fmt: skip
     assert "coalesced, float32" in capsys.readouterr().out
+
+
+class TestThePromise:
+    """What book/api.md says is what the record holds."""
+
+    rows = json.loads((ROOT / "records" / "nvidia-h200-accuracy.json").read_text())["rows"]
+    page = (ROOT / "book" / "api.md").read_text()
+
+    def test_what_is_promised_is_kept(self):
+        assert accuracy.promise(self.rows) in self.page
+        (broken,) = accuracy.failures(self.rows)
+        assert broken.startswith("winograd in float32 on wide inputs")
+
+    def test_pytorch_leaves_the_gate_too(self):
+        (row,) = (r for r in self.rows if r["kernel"] == "pytorch" and r["precision"] == "float32")
+        for kind in ("positive", "lognormal", "channels", "wide"):
+            assert row["errors"][kind]["share"] > 1

@@ -45,6 +45,8 @@ from convt_lab.split import FORMATS
 from convt_lab.stages import fma_stages, kernels
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "book"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+import accuracy
 import drafts.checks
 import drafts.versions
 
@@ -55,6 +57,10 @@ STAR = Problem.named("star")
 each_page = pytest.mark.parametrize("page", PAGES)
 each_chapter = pytest.mark.parametrize("page", [p for p in PAGES if PAGES[p].suffix == ".ipynb"])
 each_stage = pytest.mark.parametrize("stage", lab.stages.values(), ids=lambda stage: stage.name)
+
+
+def accuracy_rows() -> list:
+    return json.loads((records.FOLDER / "nvidia-h200-accuracy.json").read_text())["rows"]
 
 
 def cells(page: str) -> list:
@@ -819,7 +825,21 @@ CLAIMS = {
         ),
         "an all-reduce over 1,024 ranks": True,
     },
-    "api": {},
+    "api": {
+        accuracy.promise(accuracy_rows()): True,  # made from the record
+        "1 is the largest that is right": True,  # a share of the gate
+        "16-bit formats": True,
+        "rounding to 16 bits": True,
+        "of a normal one times 4": lambda: "exp(4 n)" in accuracy.MEANING["wide"],
+        "at most n + 2 units": lambda: (
+            accuracy.bound_of(accuracy.Way("coalesced"), accuracy.SMALL[0], "wide", 8.0)
+            == accuracy.terms_of(accuracy.SMALL[0]) + 2
+        ),
+        "3308 units, where a sum of that many terms has 1346": lambda: (
+            accuracy.failures(accuracy_rows())
+            == ["winograd in float32 on wide inputs: error 3308, at most 1346 is right"]
+        ),
+    },
     "gpu_primer": {
         "takes 32 neighbouring threads": True,  # a warp
         "no sectors but 32 …": True,  # banks

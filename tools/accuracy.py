@@ -307,6 +307,24 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def promise(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the shares as a Markdown table, for `book/api.md`; kernels that agree share a row."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        shares = (row["errors"].get(kind) for kind in KINDS)
+        cells = tuple("" if s is None else _short(s["share"]) for s in shares)
+        names.setdefault((row["precision"], *cells), []).append(row["kernel"])
+    lines = [f"| computed by | operands | {' | '.join(KINDS)} |", "|---" * (2 + len(KINDS)) + "|"]
+    for (precision, *cells), kernels_ in names.items():
+        lines.append(f"| {', '.join(kernels_)} | {precision} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _short(share: float | str) -> str:
+    share = float(share)
+    return "∞" if share == float("inf") else f"{share:.1f}" if share < 10 else f"{share:,.0f}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Judge, print and write the record."""
     every = [*kernels, "operator", PYTORCH]
