@@ -54,6 +54,7 @@ __all__ = [
     "outside_cause",
     "prune",
     "run_tool",
+    "seconds_of",
     "size_of",
     "supervised",
     "tool_identity",
@@ -408,17 +409,29 @@ def build_timeout() -> float:
     BuildError
         If ``CONVT_LAB_BUILD_TIMEOUT`` is no positive number.
     """
-    chosen = os.environ.get("CONVT_LAB_BUILD_TIMEOUT")
+    try:
+        return seconds_of("CONVT_LAB_BUILD_TIMEOUT", BUILD_TIMEOUT)
+    except ValueError as error:
+        raise BuildError(str(error)) from None
+
+
+def seconds_of(variable: str, otherwise: float) -> float:
+    """Return the seconds that an environment variable names, or `otherwise` if it is not set.
+
+    Raises
+    ------
+    ValueError
+        If it is no positive number.
+    """
+    chosen = os.environ.get(variable)
     if not chosen:
-        return BUILD_TIMEOUT
+        return otherwise
     try:
         seconds = float(chosen)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise BuildError(
-            f"CONVT_LAB_BUILD_TIMEOUT={chosen!r}: must be a positive number of seconds"
-        )
+        raise ValueError(f"{variable}={chosen!r}: must be a positive number of seconds")
     return seconds
 
 

@@ -59,6 +59,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from convt_lab.library import cast_for_autocast, convolution_backward
 from convt_lab.operator import conv_transpose2d, conv_transpose2d_between
 from convt_lab.problem import Problem, ProblemError
+from convt_lab.stages import is_channels_last
 
 __all__ = ["ExchangeError", "RowPlan", "conv_transpose2d_dtensor", "conv_transpose2d_rows"]
 
@@ -231,7 +232,7 @@ class _Piece:
             )
             if self.covered == self.wanted:
                 return covered
-            dense = torch.channels_last if _is_channels_last(covered) else dense
+            dense = torch.channels_last if is_channels_last(covered) else dense
         shape = (batch, channels, len(self.wanted), width)
         rows = input.new_zeros(shape).contiguous(memory_format=dense)
         if bias is not None:
@@ -270,10 +271,6 @@ def _whole_rows(problem: Problem) -> dict[str, Any]:
     for name in ("padding", "output_padding"):
         arguments[name] = (0, arguments[name][1])
     return arguments
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- Sending rows --------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from convt_lab.columns import aligned
 from convt_lab.measure import Timing, median_times
 from convt_lab.problem import Problem
 from convt_lab.program import backend_named
-from convt_lab.reference import FLOAT32_GATE, UNIT_ROUNDOFF, float32_gate, tf32_gate
+from convt_lab.reference import FLOAT32_GATE, UNIT_ROUNDOFF, float32_gate, terms_of, tf32_gate
 from convt_lab.stages import Stage, stages
 
 __all__ = ["Errors", "Exact", "Row", "climb", "exact", "judge", "ladder", "poisoned", "table"]
@@ -245,7 +245,7 @@ def climb(problem: Problem, device: str, seed: int = 0) -> list[Row]:
                     output = functions[name]()
                 errors = judge(output, truth)
                 if _rounds_to_tf32(name):
-                    errors = replace(errors, gate=_tf32_gate_of(problem))
+                    errors = replace(errors, gate=tf32_gate(terms_of(problem)))
                 rows[name] = replace(rows[name], errors=errors)
                 del output
             except Exception as error:
@@ -260,12 +260,6 @@ def climb(problem: Problem, device: str, seed: int = 0) -> list[Row]:
 
 def _rounds_to_tf32(name: str) -> bool:
     return name in stages and stages[name].precision == "tf32"
-
-
-def _tf32_gate_of(problem: Problem) -> float:
-    """Bound the condition error of a stage whose instructions sum eight products at once."""
-    channels = -(-problem.in_channels // problem.groups // 8) * 8
-    return tf32_gate(channels * math.prod(problem.kernel_size))
 
 
 def _call_of(name: str, problem: Problem, inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
@@ -423,7 +417,7 @@ def ladder(name: str | None = None, device: str | None = None, seed: int = 0) ->
     print(table(rows))
     print()
     outputs = math.prod(problem.output_shape)
-    print(_LEGEND.format(float32_gate(outputs), outputs, _tf32_gate_of(problem)))
+    print(_LEGEND.format(float32_gate(outputs), outputs, tf32_gate(terms_of(problem))))
     if device == "cuda":
         print(_TIME_LEGEND)
     wrong = [row for row in rows if row.name in stages and not row.is_right]

@@ -22,6 +22,7 @@ from convt_lab.library import (
 )
 from convt_lab.plan import DTYPES, has_kernels, plan_for
 from convt_lab.problem import Problem, ProblemError
+from convt_lab.stages import is_channels_last
 
 __all__ = ["conv_transpose2d", "conv_transpose2d_between"]
 
@@ -166,10 +167,8 @@ def conv_transpose2d_between(
     output = conv_transpose2d(input, weight, bias, *arguments)
     if not above and not below:
         return output
-    is_last = not output.is_contiguous() and output.is_contiguous(memory_format=torch.channels_last)
-    return output[:, :, above : output.shape[2] - below].contiguous(
-        memory_format=torch.channels_last if is_last else torch.contiguous_format
-    )
+    order = torch.channels_last if is_channels_last(output) else torch.contiguous_format
+    return output[:, :, above : output.shape[2] - below].contiguous(memory_format=order)
 
 
 def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -273,8 +272,8 @@ def _pytorchs(*arguments: Any) -> torch.Tensor:
     input, weight, bias, *_ = arguments
     if not torch.jit.is_tracing() and (output.numel() == 0) != (input.numel() == 0):
         _check(arguments)
-    # One tensor without data among others is no error to PyTorch: what it returns is not computed.
-    if weight.device != input.device or (bias is not None and bias.device != input.device):
+    # A weight or bias without data is no error to PyTorch: what it returns is not computed.
+    if input.is_cpu and not (weight.is_cpu and (bias is None or bias.is_cpu)):
         _check(arguments)
     return output
 

@@ -65,6 +65,15 @@ def float32_gate(outputs: int) -> float:
     return FLOAT32_GATE * math.sqrt(math.log(max(outputs, million)) / math.log(million))
 
 
+def terms_of(problem: Problem) -> int:
+    """Return how many products an output is a sum of where instructions sum eight channels at once.
+
+    Those that fill the last instruction count, too.
+    """
+    channels = -(-problem.in_channels // problem.groups // 8) * 8
+    return channels * math.prod(problem.kernel_size)
+
+
 def truncation_gate(terms: int, depth: int = 8) -> float:
     """Bound the condition error of a sum of exact products that tensor cores have taken.
 

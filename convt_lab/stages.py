@@ -383,7 +383,7 @@ class Call:
             groups=groups,
             dilation=dilation,
         )
-        channels_last = kernel.takes_channels_last and _is_channels_last(tensors["x"])
+        channels_last = kernel.takes_channels_last and is_channels_last(tensors["x"])
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         kernel = self.kernel = kernel.kernel_for(problem, dtype, channels_last, capability)
         channels_last &= kernel.takes_channels_last
@@ -419,7 +419,7 @@ class Call:
         )
 
 
-def _is_channels_last(x: torch.Tensor) -> bool:
+def is_channels_last(x: torch.Tensor) -> bool:
     """Return whether `x` lies in memory as [N, H, W, C] and not as [N, C, H, W] too."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 

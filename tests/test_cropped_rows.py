@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from strategies import inputs, problem_set
-from test_kernels import DEVICES, terms_of
+from test_kernels import DEVICES
 
 import convt_lab as lab
 from convt_lab.launcher import Launcher
 from convt_lab.operator import conv_transpose2d_between
 from convt_lab.problem import CroppedProblem, ProblemError
-from convt_lab.reference import FLOAT32_GATE, scatter, tf32_gate
+from convt_lab.reference import FLOAT32_GATE, scatter, terms_of, tf32_gate
 from convt_lab.stages import fma_stages, kernels
 
 #: What the random problems, many of which are of one row, have too few of.

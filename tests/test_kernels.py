@@ -20,6 +20,7 @@ from convt_lab.reference import (
     condition_error,
     relative_l2,
     scatter,
+    terms_of,
     tf32_gate,
     truncation_gate,
 )
@@ -85,12 +86,6 @@ def uses_tf32(kernel, problem, device="cpu"):
     if kernels[kernel].variant(problem) != "tensor cores":
         return False
     return device == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
-
-
-def terms_of(problem):
-    """Return how many products an output is a sum of, with those that fill an instruction."""
-    channels = -(-problem.in_channels // problem.groups // 8) * 8
-    return channels * problem.kernel_size[0] * problem.kernel_size[1]
 
 
 def to_11_bits(values):

@@ -833,7 +833,7 @@ CLAIMS = {
         "of a normal one times 4": lambda: "exp(4 n)" in accuracy.MEANING["wide"],
         "at most n + 2 units": lambda: (
             accuracy.bound_of(accuracy.Way("coalesced"), accuracy.SMALL[0], "wide", 8.0)
-            == accuracy.terms_of(accuracy.SMALL[0]) + 2
+            == reference.terms_of(accuracy.SMALL[0]) + 2
         ),
         "3308 units, where a sum of that many terms has 1346": lambda: (
             accuracy.failures(accuracy_rows())

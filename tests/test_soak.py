@@ -1,6 +1,7 @@
 """`tools/soak.py` finds what differs and what grows; here on CPUs, where PyTorch computes."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def test_a_short_one(tmp_path):
         text=True,
         timeout=120,
         check=False,
+        # Other tests build kernels meanwhile, and the files of the cache are counted.
+        env=os.environ | {"CONVT_LAB_CACHE": str(tmp_path / "cache")},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(path.read_text())

@@ -75,8 +75,8 @@ def test_a_package_without_a_licence_is_named(monkeypatch):
         licences.licence("any")
 
 
-# What a user does: the operator, a stage and an exercise on the simulator, a picture. Python tells
-# of every connection and every name that is looked up, whoever wants it.
+# What a user does: the operator, the layer, a stage on the simulator, a picture. Python tells of
+# every connection and every name that is looked up, whoever wants it.
 OFFLINE = """
 import sys
 

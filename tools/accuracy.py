@@ -6,7 +6,7 @@ It prints a table: for each kernel and kind of input the worst error of all prob
 the gate. It fails if a share is above 1; but on inputs of one sign and of wide range float32 sums
 of many terms may leave the gate (PyTorch's do), and are judged by the bound that a sum in any order
 has. A record of all kernels on a
-GPU is written to ``records/GPU-accuracy.json``; that takes a minute, once they are built.
+GPU is written to ``records/GPU-accuracy.json``; that takes half a minute, once they are built.
 
 The record (schema 1): ``what``, ``gpu``, ``software``, ``date``, ``seed``, ``meaning``,
 ``problems`` (the arguments of each) and ``rows``: ``kernel`` (a key of `convt_lab.stages.kernels`,
@@ -38,7 +38,7 @@ from convt_lab.bench import _current_gpu  # noqa: E402
 from convt_lab.ladder import Exact, exact, judge, poisoned  # noqa: E402
 from convt_lab.plan import plan_for  # noqa: E402
 from convt_lab.problem import Problem  # noqa: E402
-from convt_lab.reference import float32_gate, tf32_gate, truncation_gate  # noqa: E402
+from convt_lab.reference import float32_gate, terms_of, tf32_gate, truncation_gate  # noqa: E402
 from convt_lab.stages import kernels  # noqa: E402
 
 #: The star's channels and kernel, a decoder's layer, groups, few channels, one channel a group;
@@ -220,12 +220,6 @@ def error_of(
     allowed = unit * truth.expected.abs() + units * 2.0**-24 * truth.scale
     shares = torch.where(finite, difference / (allowed + step), 0.0)
     return shares.nan_to_num(float("inf")).max().item(), 1.0
-
-
-def terms_of(problem: Problem) -> int:
-    """Return how many products an output is a sum of, with those that fill an instruction."""
-    channels = -(-problem.in_channels // problem.groups // 8) * 8
-    return channels * problem.kernel_size[0] * problem.kernel_size[1]
 
 
 def bound_of(way: Way, problem: Problem, kind: str, gate: float) -> float:

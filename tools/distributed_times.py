@@ -11,9 +11,8 @@ It starts a process for each GPU. On 1, 2, 4 ... of them it computes
 Each is run back to back, in rounds with the others. Where rows are split it is run once more with
 nothing sent, and once under torch.profiler, which tells when rows travelled and what was computed
 meanwhile. Results are compared with one GPU's. The record is written to
-``records/GPU-distributed.json``; it takes about a minute, once the kernels are built. ``--cpus``
-tries all of it on so many processes without a GPU, with small images; no times of those are of any
-use, and nothing is profiled.
+``records/GPU-distributed.json``. ``--cpus`` tries all of it on so many processes without a GPU,
+with small images; no times of those are of any use, and nothing is profiled.
 
 The record (schema 1): ``what``, ``gpu``, ``gpus``, ``link`` (what ``nvidia-smi topo -m`` calls the
 way from the first to the second), ``software`` (with ``nccl``), ``date``, ``seed``, ``meaning`` and
@@ -48,7 +47,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from convt_lab import conv_transpose2d, distributed, records  # noqa: E402
+from convt_lab import conv_transpose2d, distributed, distributed_record, records  # noqa: E402
 from convt_lab.bench import _current_gpu  # noqa: E402
 from convt_lab.distributed import RowPlan, conv_transpose2d_rows  # noqa: E402
 from convt_lab.measure import EventClock, Repeats  # noqa: E402
@@ -346,30 +345,6 @@ class Measurement:
         return row
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the record's numbers as text."""
-    lines = [
-        "case    TF32   GPUs        ms  efficiency  nothing sent  sent, hidden, call (us)   error"
-    ]
-    for row in rows:
-        alone = next(
-            r["ms"]
-            for r in rows
-            if r["ranks"] == 1 and all(r[key] == row[key] for key in ("case", "allow_tf32"))
-        )
-        efficiency = alone / row["ms"] / (row["ranks"] if row["case"] == "tall" else 1)
-        exchanges = "; ".join(
-            ", ".join("-" if value is None else f"{value:.0f}" for value in exchange.values())
-            for exchange in row.get("exchange", [])
-        )
-        lines.append(
-            f"{row['case']:7} {row['allow_tf32']!s:5} {row['ranks']:5} {row['ms']:9.3f} "
-            f"{efficiency:11.3f} {row.get('ms_without_exchange') or '':>13}  {exchanges:25} "
-            f"{row['error']:.1e} {row['kernel']}"
-        )
-    return "\n".join(lines)
-
-
 def link() -> str | None:
     """Say how the first two GPUs are linked, in nvidia-smi's words."""
     try:
@@ -415,7 +390,6 @@ def on_a_rank(arguments: argparse.Namespace) -> None:
     dist.barrier(everyone)
     rows = measured(teams, everyone, arguments.seed)
     if rank == 0:
-        print(table(rows))
         write(rows, world, device, arguments)
     dist.barrier(everyone)
     dist.destroy_process_group()
@@ -463,6 +437,10 @@ def write(
     if path is not None:
         records.write_text(path, records.text_of(record))
         print(f"wrote {path}")
+    if device == "cuda":
+        found = distributed_record.load(path)
+        print(distributed_record.times(found))
+        print(distributed_record.exchanges(found))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ result must have the bits of the problem's first call, made before by one thread
 told to be deterministic, where it computes). Memory, threads, open files and the build cache's
 files are counted once everything has been called by every thread, then ten times on the way. It
 fails if a result differs or one of them has grown at the end, and writes
-``records/GPU-soak.json``, or where ``--output`` says. 100,000 calls take about a minute.
+``records/GPU-soak.json``, or where ``--output`` says. 100,000 calls take half a minute.
 
 The record (schema 1): ``what``, ``gpu``, ``software``, ``date``, ``seed``, ``meaning``, ``calls``,
 ``seconds``, ``threads``, ``streams``, ``problems`` (how many), ``kernels`` (of each, how often it

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 import platform
 import re
@@ -27,6 +26,7 @@ from convt_lab.build import (
     load_library,
     outside_cause,
     run_tool,
+    seconds_of,
     tool_identity,
 )
 from convt_lab.errors import KernelError
@@ -71,18 +71,7 @@ def launch_timeout() -> float:
     ValueError
         If ``CONVT_LAB_LAUNCH_TIMEOUT`` is no positive number.
     """
-    chosen = os.environ.get("CONVT_LAB_LAUNCH_TIMEOUT")
-    if not chosen:
-        return LAUNCH_TIMEOUT
-    try:
-        seconds = float(chosen)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise ValueError(
-            f"CONVT_LAB_LAUNCH_TIMEOUT={chosen!r}: must be a positive number of seconds"
-        )
-    return seconds
+    return seconds_of("CONVT_LAB_LAUNCH_TIMEOUT", LAUNCH_TIMEOUT)
 
 
 def find_compiler() -> str | None:

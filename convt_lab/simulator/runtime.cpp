@@ -627,50 +627,47 @@ constexpr auto kWatchPeriod = std::chrono::milliseconds(50);
 constexpr std::size_t kMostOutput = 1 << 20;  // bytes; as large as a GPU's buffer for printf
 
 // Replaces what a signal does, as long as one of these exists.
-template <int (*SIGNAL)(), void (*HANDLER)(int, siginfo_t*, void*)>
 class SignalGuard {
  public:
-  SignalGuard() {
+  using Handler = void (*)(int, siginfo_t*, void*);
+
+  SignalGuard(int signal, Handler handler) : signal_(signal), handler_(handler) {
     std::lock_guard<std::mutex> lock(mutex);
-    if (users++ > 0) return;
+    if (users[signal]++ > 0) return;
     struct sigaction action{};
-    action.sa_sigaction = HANDLER;
+    action.sa_sigaction = handler;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTART;
-    sigaction(SIGNAL(), &action, &before);
+    sigaction(signal, &action, &before[signal]);
   }
   ~SignalGuard() {
     std::lock_guard<std::mutex> lock(mutex);
-    if (--users > 0) return;
+    if (--users[signal_] > 0) return;
     struct sigaction now{};
-    sigaction(SIGNAL(), nullptr, &now);
-    if (now.sa_sigaction == HANDLER) sigaction(SIGNAL(), &before, nullptr);
+    sigaction(signal_, nullptr, &now);
+    if (now.sa_sigaction == handler_) sigaction(signal_, &before[signal_], nullptr);
   }
-  static struct sigaction before;
+  static const struct sigaction& replaced(int signal) { return before[signal]; }
 
  private:
   static std::mutex mutex;
-  static int users;
+  static int users[NSIG];
+  static struct sigaction before[NSIG];
+  const int signal_;
+  const Handler handler_;
 };
-template <int (*S)(), void (*H)(int, siginfo_t*, void*)>
-struct sigaction SignalGuard<S, H>::before {};
-template <int (*S)(), void (*H)(int, siginfo_t*, void*)>
-std::mutex SignalGuard<S, H>::mutex;
-template <int (*S)(), void (*H)(int, siginfo_t*, void*)>
-int SignalGuard<S, H>::users = 0;
+std::mutex SignalGuard::mutex;
+int SignalGuard::users[NSIG];
+struct sigaction SignalGuard::before[NSIG];
 
 int stop_signal() { return SIGRTMAX - 3; }
-int interrupt_signal() { return SIGINT; }
 
 void on_stop(int, siginfo_t*, void*) {
   if (worker != nullptr && worker->in_fiber()) worker->stop();
 }
-void on_interrupt(int signal, siginfo_t* info, void* context);
-using StopGuard = SignalGuard<stop_signal, on_stop>;
-using InterruptGuard = SignalGuard<interrupt_signal, on_interrupt>;
 
 // The process's own handler is asked first: Python's notes the signal, and raises when we are done.
 void on_interrupt(int signal, siginfo_t* info, void* context) {
-  const struct sigaction& before = InterruptGuard::before;
+  const struct sigaction& before = SignalGuard::replaced(signal);
   if (before.sa_handler == SIG_IGN) return;
   if (before.sa_handler == SIG_DFL) {
     sigaction(signal, &before, nullptr);
@@ -724,8 +721,8 @@ class Watch {
   const unsigned interrupts_before_;
   const double limit_;
   const std::chrono::steady_clock::time_point begin_;
-  StopGuard stop_guard_;
-  InterruptGuard interrupt_guard_;
+  const SignalGuard stop_guard_{stop_signal(), on_stop};
+  const SignalGuard interrupt_guard_{SIGINT, on_interrupt};
   std::atomic<const char*> reason_{nullptr};
   std::atomic<std::size_t> printed_{0};
   std::mutex mutex_;
@@ -826,15 +823,10 @@ std::mutex reservations_mutex;
 // ---------------------------------------------------------------------------------------------
 // Faults. The handlers are in place only while a launch runs.
 
-constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-struct sigaction old_actions[4];
-int handler_users = 0;
-std::mutex handler_mutex;
-
 void on_fault(int signal, siginfo_t* info, void*) {
   if (worker == nullptr || !worker->in_fiber()) {
-    // Not ours: put the old handlers back, return, and let the instruction fault again.
-    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &old_actions[i], nullptr);
+    // Not ours: put the old handler back, return, and let the instruction fault again.
+    sigaction(signal, &SignalGuard::replaced(signal), nullptr);
     return;
   }
   if (signal == SIGFPE) worker->abort(CUDASIM_ARITHMETIC, 0, "integer division by zero");
@@ -846,21 +838,9 @@ void on_fault(int signal, siginfo_t* info, void*) {
                 told ? "access outside every buffer" : "misaligned vector access or wild pointer");
 }
 
-class FaultHandlers {
- public:
-  FaultHandlers() {
-    std::lock_guard<std::mutex> lock(handler_mutex);
-    if (handler_users++ > 0) return;
-    struct sigaction action{};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &old_actions[i]);
-  }
-  ~FaultHandlers() {
-    std::lock_guard<std::mutex> lock(handler_mutex);
-    if (--handler_users > 0) return;
-    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &old_actions[i], nullptr);
-  }
+struct FaultHandlers {
+  const SignalGuard segmentation{SIGSEGV, on_fault}, bus{SIGBUS, on_fault};
+  const SignalGuard arithmetic{SIGFPE, on_fault}, trap{SIGILL, on_fault};
 };
 
 // The call instruction in the kernel's library that led to the function at hand.
