@@ -44,8 +44,9 @@ The rows to send are computed first and travel while the rank computes its own.
 from __future__ import annotations
 
 import datetime
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +58,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from convt_lab.library import cast_for_autocast, convolution_backward
-from convt_lab.operator import conv_transpose2d, conv_transpose2d_between
+from convt_lab.operator import conv_transpose2d, conv_transpose2d_between, kernel_between
+from convt_lab.plan import spelling_of
 from convt_lab.problem import Problem, ProblemError
 from convt_lab.stages import is_channels_last
 
 __all__ = ["ExchangeError", "RowPlan", "conv_transpose2d_dtensor", "conv_transpose2d_rows"]
 
 Tensor = torch.Tensor
+
+#: How many kinds of calls are remembered, as in `convt_lab.plan`.
+_MOST_PARTS = 1024
 
 
 class ExchangeError(RuntimeError):
@@ -211,66 +216,107 @@ class _Piece:
         local = range(inputs.start - has.start, inputs.stop - has.start)
         return cls(wanted, local, range(start, stop))
 
-    @property
+    @functools.cached_property
     def covered(self) -> range:
+        """Those of the wanted rows that the inputs add to."""
         return _common(self.block, self.wanted)
 
+    @functools.cached_property
+    def crop(self) -> tuple[int, int]:
+        """How many rows of the block are not wanted: the first, and the last."""
+        return self.covered.start - self.block.start, self.block.stop - self.covered.stop
+
     def compute(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        part: _Part,
+        kernel: str | None = None,
     ) -> Tensor:
         """Return [N, C_out, len(wanted), OW], in memory of its own."""
-        batch, channels, _, width = problem.output_shape
         dense, covered = torch.contiguous_format, None
         if self.inputs:
             covered = conv_transpose2d_between(
-                _slice(input, self.inputs),
-                weight,
-                bias,
-                tuple(_whole_rows(problem).values()),
-                self.covered.start - self.block.start,
-                self.block.stop - self.covered.stop,
+                _slice(input, self.inputs), weight, bias, part.arguments, *self.crop, kernel
             )
             if self.covered == self.wanted:
                 return covered
             dense = torch.channels_last if is_channels_last(covered) else dense
-        shape = (batch, channels, len(self.wanted), width)
-        rows = input.new_zeros(shape).contiguous(memory_format=dense)
+        rows = input.new_zeros(part.shape_of(self.wanted)).contiguous(memory_format=dense)
         if bias is not None:
             rows += bias[:, None, None]
         if covered is not None:
             _slice(rows, self.covered, self.wanted.start).copy_(covered)
         return rows
 
+    def kernel(self, input: Tensor, weight: Tensor, bias: Tensor | None, part: _Part) -> str | None:
+        """Return which kernel of ours computes it, if one does."""
+        if not self.inputs:
+            return None
+        rows = _slice(input, self.inputs)
+        return kernel_between(rows, weight, bias, part.arguments, *self.crop)
+
     def differentiate(
         self,
         grad_rows: Tensor,
         input: Tensor,
         weight: Tensor,
-        problem: Problem,
+        part: _Part,
         needed: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return what `grad_rows`, of the wanted rows, give to the gradients of inputs, weight."""
         covered = _slice(grad_rows, self.covered, self.wanted.start)
-        above = self.covered.start - self.block.start
-        below = self.block.stop - self.covered.stop
-        grad_block = F.pad(covered, (0, 0, above, below)) if above or below else covered
-        arguments = tuple(_whole_rows(problem).values())
+        grad_block = F.pad(covered, (0, 0, *self.crop)) if any(self.crop) else covered
         grad_input, grad_weight, _ = convolution_backward(
-            grad_block, _slice(input, self.inputs), weight, None, arguments, (*needed, False)
+            grad_block, _slice(input, self.inputs), weight, None, part.arguments, (*needed, False)
         )
         return grad_input, grad_weight
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one rank does of a plan. It depends on shapes alone, and is found once.
+
+    `own` is what it computes of its own rows, `sends` what it computes of other ranks', and
+    `receives` the rows of its own to which others add; `arguments` are those of a call that neither
+    crops rows nor extends them.
+    """
+
+    plan: RowPlan
+    own: _Piece
+    sends: tuple[tuple[int, _Piece], ...]
+    receives: tuple[tuple[int, range], ...]
+    arguments: tuple
+    output_shape: tuple[int, int, int, int]
+
+    @classmethod
+    @functools.lru_cache(maxsize=_MOST_PARTS)
+    def of(cls, plan: RowPlan, rank: int) -> _Part:
+        problem = plan.problem
+        others = [r for r in range(len(plan.input_rows)) if r != rank and problem.batch > 0]
+        sent = [(other, plan.sent(rank, other)) for other in others]
+        received = [(other, plan.sent(other, rank)) for other in others]
+        arguments = problem.arguments
+        for name in ("padding", "output_padding"):
+            arguments[name] = (0, arguments[name][1])
+        return cls(
+            plan,
+            _Piece.of(plan, rank, plan.output_rows[rank]),
+            tuple((other, _Piece.of(plan, rank, rows)) for other, rows in sent if rows),
+            tuple((other, rows) for other, rows in received if rows),
+            tuple(arguments.values()),
+            problem.output_shape,
+        )
+
+    def shape_of(self, rows: range) -> tuple[int, int, int, int]:
+        """Return the shape of some rows of the output."""
+        batch, channels, _, width = self.output_shape
+        return batch, channels, len(rows), width
+
+
 def _slice(tensor: Tensor, rows: range, first: int = 0) -> Tensor:
     return tensor[:, :, rows.start - first : rows.stop - first]
-
-
-def _whole_rows(problem: Problem) -> dict[str, Any]:
-    """Return the arguments of a call whose rows nothing crops or extends."""
-    arguments = problem.arguments
-    for name in ("padding", "output_padding"):
-        arguments[name] = (0, arguments[name][1])
-    return arguments
 
 
 # ---- Sending rows --------------------------------------------------------------------------------
@@ -343,50 +389,43 @@ class _RowsFunction(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        plan: RowPlan,
+        part: _Part,
         group: dist.ProcessGroup,
         timeout: datetime.timedelta | None,
     ) -> Tensor:
-        rank = dist.get_rank(group)
         ctx.save_for_backward(input, weight)
-        ctx.plan, ctx.group, ctx.timeout = plan, group, timeout
-        problem = plan.problem
-        own = plan.output_rows[rank]
-        batch, channels, _, width = problem.output_shape
+        ctx.part, ctx.group, ctx.timeout = part, group, timeout
+        own = part.own
+        # A few rows by themselves may be another kernel's, which rounds in another way.
+        kernel = own.kernel(input, weight, bias, part) if part.sends else None
         exchange = _Exchange(
             {
-                other: _Piece.of(plan, rank, rows).compute(input, weight, None, problem)
-                for other, rows in _messages(plan, lambda other: plan.sent(rank, other), rank)
+                other: piece.compute(input, weight, None, part, kernel)
+                for other, piece in part.sends
             },
-            {
-                other: input.new_empty((batch, channels, len(rows), width))
-                for other, rows in _messages(plan, lambda other: plan.sent(other, rank), rank)
-            },
+            {other: input.new_empty(part.shape_of(rows)) for other, rows in part.receives},
             group,
             timeout,
         )
-        output = _Piece.of(plan, rank, own).compute(input, weight, bias, problem)
-        for other, received in exchange.wait().items():
-            _slice(output, plan.sent(other, rank), own.start).add_(received)
+        output = own.compute(input, weight, bias, part)
+        received = exchange.wait()
+        for other, rows in part.receives:
+            _slice(output, rows, own.wanted.start).add_(received[other])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         input, weight = ctx.saved_tensors
-        plan, group = ctx.plan, ctx.group
-        rank, problem = dist.get_rank(group), plan.problem
-        own = plan.output_rows[rank]
-        batch, channels, _, width = problem.output_shape
+        part, own = ctx.part, ctx.part.own
         needed = ctx.needs_input_grad[:2]
         grad_input = grad_weight = None
 
-        def add(rows: range, grad_rows: Tensor) -> None:
+        def add(piece: _Piece, grad_rows: Tensor) -> None:
             nonlocal grad_input, grad_weight
-            piece = _Piece.of(plan, rank, rows)
             if not piece.inputs:
                 return
-            of_input, of_weight = piece.differentiate(grad_rows, input, weight, problem, needed)
+            of_input, of_weight = piece.differentiate(grad_rows, input, weight, part, needed)
             if grad_input is None and len(piece.inputs) == input.shape[2]:
                 grad_input = of_input
             elif needed[0]:
@@ -396,21 +435,23 @@ class _RowsFunction(torch.autograd.Function):
                 grad_weight = of_weight if grad_weight is None else grad_weight + of_weight
 
         if any(needed):
+            # What was received is sent, and the other way round.
             exchange = _Exchange(
                 {
-                    other: _slice(grad_output, rows, own.start)
-                    for other, rows in _messages(plan, lambda other: plan.sent(other, rank), rank)
+                    other: _slice(grad_output, rows, own.wanted.start)
+                    for other, rows in part.receives
                 },
                 {
-                    other: grad_output.new_empty((batch, channels, len(rows), width))
-                    for other, rows in _messages(plan, lambda other: plan.sent(rank, other), rank)
+                    other: grad_output.new_empty(part.shape_of(piece.wanted))
+                    for other, piece in part.sends
                 },
-                group,
+                ctx.group,
                 ctx.timeout,
             )
             add(own, grad_output)
-            for other, received in exchange.wait().items():
-                add(plan.sent(rank, other), received)
+            received = exchange.wait()
+            for other, piece in part.sends:
+                add(piece, received[other])
         # A rank without rows has no part in them, nor has one all of whose products are cropped.
         if needed[0] and grad_input is None:
             grad_input = torch.zeros_like(input)
@@ -418,16 +459,6 @@ class _RowsFunction(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight)
         grad_bias = grad_output.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None
-
-
-def _messages(
-    plan: RowPlan, rows_for: Callable[[int], range], rank: int
-) -> list[tuple[int, range]]:
-    """Return the other ranks, with the rows, for whom there are any."""
-    if plan.problem.batch == 0:
-        return []
-    pairs = [(other, rows_for(other)) for other in range(len(plan.input_rows)) if other != rank]
-    return [(other, rows) for other, rows in pairs if rows]
 
 
 @torch.compiler.disable  # which rows are sent, and when, is decided here
@@ -507,8 +538,27 @@ def conv_transpose2d_rows(
         heights = _gathered_heights(tensors, local, group, timeout)
     else:
         heights = _checked_heights(heights, input.shape[2], rank, ranks)
-    plan = RowPlan.for_heights(_problem(*tensors, sum(heights), arguments), heights)
-    return _RowsFunction.apply(*tensors, plan, group, timeout)
+    shapes = input.shape, weight.shape, None if bias is None else bias.shape
+    part = _part_of_heights(rank, heights, shapes, arguments)
+    return _RowsFunction.apply(*tensors, part, group, timeout)
+
+
+_parts: dict[tuple, _Part] = {}
+
+
+def _part_of_heights(rank: int, heights: list[int], shapes: tuple, arguments: tuple) -> _Part:
+    """Return what a rank does that has an input, weight and maybe bias of these shapes."""
+    key = rank, tuple(heights), shapes, spelling_of(arguments)
+    part = _parts.get(key)
+    if part is None:
+        (batch, channels, _, width), weight, bias = shapes
+        whole = (batch, channels, sum(heights), width)
+        problem = Problem.from_shapes(whole, weight, bias, *arguments)
+        part = _Part.of(RowPlan.for_heights(problem, heights), rank)
+        if len(_parts) >= _MOST_PARTS:
+            _parts.clear()
+        _parts[key] = part
+    return part
 
 
 def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -844,7 +894,8 @@ def _local_call(
             f"of {problem.height} rows gives it {len(plan.input_rows[rank])} (uneven rows can be "
             "split by conv_transpose2d_rows)"
         )
-    return _RowsFunction.apply(input, weight, bias, plan, mesh.get_group(axis), None)
+    part = _Part.of(plan, rank)
+    return _RowsFunction.apply(input, weight, bias, part, mesh.get_group(axis), None)
 
 
 def _dispatched(mode: Any, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None):

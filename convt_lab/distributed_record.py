@@ -32,16 +32,16 @@ CASES = {"images": True, "rows": True, "tall": False}
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a profile of one call says of a rank's exchange, in microseconds.
+    """What a profile of some calls says of a rank's last exchange, in microseconds.
 
     Attributes
     ----------
     sent
-        From the first to the last moment of NCCL's kernels; None if there were none.
+        How long NCCL's kernel ran, waiting for the other rank included; None if there was none.
     hidden
         How much of that another kernel ran; None likewise.
     call
-        From the first kernel's start to the last one's end.
+        From the beginning of the exchange of the call before to that of this one.
     """
 
     sent: float | None

@@ -24,7 +24,7 @@ from convt_lab.plan import DTYPES, has_kernels, plan_for
 from convt_lab.problem import Problem, ProblemError
 from convt_lab.stages import is_channels_last
 
-__all__ = ["conv_transpose2d", "conv_transpose2d_between"]
+__all__ = ["conv_transpose2d", "conv_transpose2d_between", "kernel_between"]
 
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -140,6 +140,7 @@ def conv_transpose2d_between(
     arguments: tuple,
     above: int,
     below: int,
+    kernel: str | None = None,
 ) -> torch.Tensor:
     """Compute an output without its first and last rows, in memory of its own.
 
@@ -154,21 +155,33 @@ def conv_transpose2d_between(
         output_padding[0] are 0.
     above, below
         How many rows are left out at the start and at the end, at least 0; at least one is left.
+    kernel
+        One of `convt_lab.stages.kernels` to compute it, if it can; None for whichever suits it.
     """
-    stride, padding, output_padding, groups, dilation = arguments
     if _may_be_ours(input, weight, bias) and torch._C._len_torch_dispatch_stack() == 0:
-        cropped = (stride, (above, padding[1]), output_padding, groups, dilation)
-        try:
-            plan = plan_for(input, weight, bias, *cropped, cropped_rows=below - above)
-        except ProblemError:
-            plan = None  # padding crops at the end, too, and more than there is
-        if plan is not None and not plan.is_pytorchs:
+        plan = plan_for(input, weight, bias, *arguments, crop=(above, below), kernel=kernel)
+        if not plan.is_pytorchs:
             return plan(input, weight, bias)
     output = conv_transpose2d(input, weight, bias, *arguments)
     if not above and not below:
         return output
     order = torch.channels_last if is_channels_last(output) else torch.contiguous_format
     return output[:, :, above : output.shape[2] - below].contiguous(memory_format=order)
+
+
+def kernel_between(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arguments: tuple,
+    above: int,
+    below: int,
+) -> str | None:
+    """Return which kernel of ours `conv_transpose2d_between` would choose; None for PyTorch's."""
+    if not _may_be_ours(input, weight, bias) or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    plan = plan_for(input, weight, bias, *arguments, crop=(above, below))
+    return None if plan.is_pytorchs else plan.kernel
 
 
 def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -22,7 +22,7 @@ from convt_lab.launcher import Launcher
 from convt_lab.problem import CroppedProblem, Problem
 from convt_lab.stages import kernels
 
-__all__ = ["DTYPES", "Plan", "allows_tf32", "has_kernels", "plan_for"]
+__all__ = ["DTYPES", "Plan", "allows_tf32", "has_kernels", "plan_for", "spelling_of"]
 
 #: Dtypes that kernels of ours may have.
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -100,7 +100,8 @@ class Plan:
         bias: torch.Tensor | None,
         arguments: tuple,
         tf32: bool,
-        cropped_rows: int = 0,
+        crop: tuple[int, int] = (0, 0),
+        kernel: str | None = None,
     ) -> Plan:
         """Check the call, choose a kernel for it and build that.
 
@@ -116,22 +117,22 @@ class Plan:
         problem = Problem.from_shapes(
             input.shape, weight.shape, None if bias is None else bias.shape, *arguments
         )
-        if cropped_rows:
-            problem = CroppedProblem.of(problem, cropped_rows)
+        if crop != (0, 0):
+            problem = CroppedProblem.between(problem, *crop)
         if not _is_computable(input, weight, bias) or 0 in problem.output_shape:
             return cls(problem)
         dtype, device = input.dtype, input.device
         memory_format = _output_format(input, weight, bias, problem)
         channels_last = memory_format == torch.channels_last
-        choice = dispatch.choose(problem, dtype, device, channels_last=channels_last, tf32=tf32)
-        if choice.kernel == "pytorch" or not kernels[choice.kernel].supports(
-            problem, dtype, channels_last
-        ):
+        if kernel is None or not kernels[kernel].supports(problem, dtype, channels_last):
+            choice = dispatch.choose(problem, dtype, device, channels_last=channels_last, tf32=tf32)
+            kernel = choice.kernel
+        if kernel == "pytorch" or not kernels[kernel].supports(problem, dtype, channels_last):
             return cls(problem)
-        launcher = _launcher(choice.kernel, problem, dtype, channels_last, device)
+        launcher = _launcher(kernel, problem, dtype, channels_last, device)
         if launcher is None:
             return cls(problem)
-        plan = cls(problem, choice.kernel)
+        plan = cls(problem, kernel)
         plan._launcher = launcher
         plan._dtype, plan._device = dtype, device
         plan._shape = problem.output_shape
@@ -169,12 +170,15 @@ def plan_for(
     output_padding: int | tuple[int, ...],
     groups: int,
     dilation: int | tuple[int, ...],
-    cropped_rows: int = 0,
+    crop: tuple[int, int] = (0, 0),
+    kernel: str | None = None,
 ) -> Plan:
     """Return the plan for a call with a batched input, all tensors of which are dense.
 
-    With `cropped_rows`, the plan's output lacks its last rows (`CroppedProblem`); if it is
-    PyTorch's, who has no argument for that, whoever asks must crop.
+    With `crop`, the plan's output lacks so many of its first and of its last rows
+    (`CroppedProblem`), and the call has no padding of rows; if the plan is PyTorch's, who has no
+    argument for that, whoever asks must crop. `kernel` is one that is known to suit such calls:
+    where it covers this one, nothing else is asked.
 
     Raises
     ------
@@ -182,14 +186,9 @@ def plan_for(
         If the arguments describe no legal problem.
     """
     arguments = (stride, padding, output_padding, groups, dilation)
-    try:
-        # As bytes, because as keys of a dict 2, 2.0 and (for 1) True are the same.
-        spelling: bytes | str = marshal.dumps(arguments, 2)
-    except ValueError:  # integers of another kind, such as NumPy's
-        spelling = repr(arguments)
     tf32 = input.dtype is torch.float32 and allows_tf32()
     key = (
-        spelling,
+        spelling_of(arguments),
         input.shape,
         input.stride(),
         input.dtype,
@@ -200,17 +199,26 @@ def plan_for(
         weight.device,
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
         tf32,
-        cropped_rows,
+        crop,
+        kernel,
         torch._C._get_cudnn_enabled(),
         dispatch.generation,
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan.make(input, weight, bias, arguments, tf32, cropped_rows)
+        plan = Plan.make(input, weight, bias, arguments, tf32, crop, kernel)
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
     return plan
+
+
+def spelling_of(arguments: tuple) -> bytes | str:
+    """Return a key for arguments: of a dict's own, 2, 2.0 and (for 1) True would be the same."""
+    try:
+        return marshal.dumps(arguments, 2)
+    except ValueError:  # integers of another kind, such as NumPy's
+        return repr(arguments)
 
 
 def _is_computable(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -510,6 +510,13 @@ class CroppedProblem(Problem):
         values = {field.name: getattr(problem, field.name) for field in fields(Problem)}
         return cls(**values, cropped_rows=cropped_rows)
 
+    @classmethod
+    def between(cls, problem: Problem, above: int, below: int) -> CroppedProblem:
+        """Leave out the output's first rows and its last ones; `problem` has no padding of rows."""
+        values = {field.name: getattr(problem, field.name) for field in fields(Problem)}
+        values["padding"] = (above, problem.padding[1])  # which crops as many rows at the end
+        return cls(**values, cropped_rows=below - above)
+
 
 _LOWEST_INTEGER = {
     "batch": 0,

@@ -496,8 +496,8 @@ def _fits_tensor_core_narrow(problem: Problem) -> bool:
     return inputs <= 512 and problem.height * problem.width < 2**31
 
 
-def _fits_hopper(problem: Problem, max_region: int) -> bool:
-    """Say what ``covers`` of kernels/warpgroup_plan.cuh says, with a method's ``MAX_REGION``."""
+def _fits_hopper(problem: Problem) -> bool:
+    """Say what ``covers`` of kernels/warpgroup_plan.cuh says."""
     counts, taps = [], []
     for axis in problem.axes:
         period = axis.stride * axis.i_step
@@ -505,9 +505,9 @@ def _fits_hopper(problem: Problem, max_region: int) -> bool:
             return False
         counts.append(max(1, (axis.out_size - 1) // period + 1))
         taps.append((axis.kernel - 1) // axis.k_step + 1)
-    images = max_region // (counts[0] * counts[1]) + 3
-    inputs = images * problem.in_channels * problem.height * problem.width
-    positions = 2 * problem.batch * (counts[0] + taps[0]) * (counts[1] + taps[1] + 2)
+    # Launches have as many images as can be counted in 32 bits: one must be.
+    inputs = (16 + 8 + 1) * problem.height * problem.width
+    positions = 2 * (counts[0] + taps[0]) * (counts[1] + taps[1] + 2)
     return (
         min(problem.in_channels, problem.out_channels) // problem.groups >= 16
         and (taps[0] - 1) * (taps[1] + 33) + taps[1] <= 700
@@ -546,7 +546,7 @@ stages: Mapping[str, Stage] = MappingProxyType(
                 "hopper",
                 "Hopper's tensor cores, with float32 in two float16 parts.",
                 takes_channels_last=True,
-                covers=functools.partial(_fits_hopper, max_region=1100),
+                covers=_fits_hopper,
                 packs_weights=True,
                 min_capability=(9, 0),
                 architecture="9.0a",
@@ -590,7 +590,7 @@ _OTHERS = (
         "Hopper's tensor cores, each value multiplied once.",
         dtypes=_STORED,
         takes_channels_last=True,
-        covers=functools.partial(_fits_hopper, max_region=1700),
+        covers=_fits_hopper,
         packs_weights=True,
         min_capability=(9, 0),
         architecture="9.0a",

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -628,6 +629,51 @@ class TestHoppersWeights:
         assert (inverses.nan_to_num(1).log2() % 1 == 0).all()
 
 
+class TestImagesForSeveralLaunches:
+    """Hopper's kernels take as many images at once as 32 bits can count."""
+
+    @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
+    @pytest.mark.parametrize("batch", [4, 5])
+    def test_each_launch_has_its_images(self, channels_last, batch, monkeypatch):
+        source = (
+            kernels["hopper"].source
+            + """
+            namespace warpgroups {
+            template <bool LAST>
+            struct Few : Halves<LAST, 1> {
+              static constexpr double MAX_COUNT = 3200.0;
+            };
+            }
+            HOPPER_LAUNCHER(few, float, warpgroups::Few<false>)
+            HOPPER_LAUNCHER(few_channels_last, float, warpgroups::Few<true>)
+            """
+        )
+        program = lab.compile(source, "simulator", name="few")
+        module = sys.modules[Call.__module__]
+        monkeypatch.setattr(module, "_program", lambda kernel, backend: program)
+        few = dataclasses.replace(kernels["hopper"], name="few", covers=lambda problem: True)
+        # Four images' inputs may lie 2920 values apart, five's 3560; five become three and two.
+        problem = lab.Problem(batch, 16, 18, 5, 8, kernel_size=3, bias=True)
+        x, weight, bias = data_of(problem)
+        x = in_format(x, channels_last)
+        launches = few.launches(problem, 227 * 1024, torch.float32, channels_last)
+        assert len(launches) == 4 * (2 if batch == 5 else 1)
+        y = few(x, weight, bias, **problem.arguments)
+        assert_float32_is_right("hopper", y, x, weight, bias, problem)
+
+    @pytest.mark.parametrize(("kernel", "dtype"), OF_HOPPERS, ids=str)
+    def test_large_images(self, kernel, dtype):
+        """One of 2^32 values is as many as there can be, or more."""
+        for channels_last, (side, images) in itertools.product(
+            (False, True), [(3000, 5), (8192, 1), (9200, 1)]
+        ):
+            problem = lab.Problem(5, 64, 64, side, side, kernel_size=(3, 7))
+            launches = kernels[kernel].launches(problem, 227 * 1024, dtype, channels_last)
+            assert len(launches) == 5 // images * LAUNCHES[kernel, dtype]
+        too_large = dataclasses.replace(problem, height=9300, width=9300)
+        assert not kernels[kernel].covers(too_large)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_there_are_no_hazards(kernel, dtype):
@@ -693,6 +739,33 @@ def test_more_than_2_31_outputs(kernel, groups, channels_last):
     )
     assert torch.equal(y[-1:, :, -12:, -12:].cpu().double(), expected[:, :, -12:, -12:])
     assert y[:-1].abs().max() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", HOPPERS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
+def test_images_of_2_32_values(kernel, channels_last):
+    """Corners of the first and of the last image, whose inputs and outputs lie that far apart."""
+    problem = lab.Problem(2, 64, 64, 8192, 8192, kernel_size=(3, 7), padding=(1, 3))
+    dtype = torch.float16 if torch.float16 in kernels[kernel].dtypes else torch.float32
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(problem.input_shape, dtype=dtype, device="cuda", memory_format=order).zero_()
+    weight = torch.randint(-3, 4, problem.weight_shape, device="cuda").to(dtype)
+    corners = [(slice(None, 9), slice(None, 9)), (slice(-9, None), slice(-9, None))]
+    for image, (rows, columns) in zip((0, 1), corners, strict=True):
+        of_corner = x[image, :, rows, columns]
+        of_corner.copy_(torch.randint(-3, 4, of_corner.shape, device="cuda"))
+    y = kernels[kernel](x, weight, None, **problem.arguments)
+    for image, (rows, columns) in zip((0, 1), corners, strict=True):
+        part = torch.nn.functional.conv_transpose2d(
+            x[image : image + 1, :, rows, columns].cpu().double(),
+            weight.cpu().double(),
+            padding=(1, 3),
+        )
+        assert torch.equal(y[image : image + 1, :, rows, columns].cpu().double(), part)
+        y[image, :, rows, columns] = 0
+    y[0, :, :10, :12] = y[1, :, -10:, -12:] = 0  # what the corners reach
+    assert y.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("file", sorted(KERNEL_FOLDER.glob("*.cu*")), ids=lambda file: file.name)

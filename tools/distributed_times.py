@@ -9,8 +9,8 @@ It starts a process for each GPU. On 1, 2, 4 ... of them it computes
 - ``tall``: one image of 8192 x 8192 pixels (strong scaling), split by rows.
 
 Each is run back to back, in rounds with the others. Where rows are split it is run once more with
-nothing sent, and once under torch.profiler, which tells when rows travelled and what was computed
-meanwhile. Results are compared with one GPU's. The record is written to
+nothing sent, and a few times under torch.profiler, which tells when rows travelled and what was
+computed meanwhile. Results are compared with one GPU's. The record is written to
 ``records/GPU-distributed.json``. ``--cpus`` tries all of it on so many processes without a GPU,
 with small images; no times of those are of any use, and nothing is profiled.
 
@@ -20,9 +20,9 @@ way from the first to the second), ``software`` (with ``nccl``), ``date``, ``see
 ``allow_tf32``, ``kernel`` (that computes the first rank's own rows), ``ms`` and, for every round,
 ``rounds_ms``; ``error``, the largest against one GPU's result, relative to the largest value.
 Where rows are split: ``ms_without_exchange`` and its ``rounds_ms_without_exchange``, ``bytes_sent``
-(of each rank), and ``exchange``: of each rank's profile ``sent_us`` (from the first to the last
-moment of its exchange's kernels), ``hidden_us`` (the part of it during which a kernel of the
-operator ran) and ``call_us`` (from the first kernel's start to the last one's end).
+(of each rank), and ``exchange``: of each rank's last call in a profile of some back to
+back ``sent_us`` (how long its exchange's kernel ran), ``hidden_us`` (the part of it during which a
+kernel of the operator ran), and ``call_us`` (from the kernel of the call before to this one).
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ from convt_lab.measure import EventClock, Repeats  # noqa: E402
 from convt_lab.plan import plan_for  # noqa: E402
 from convt_lab.problem import Problem  # noqa: E402
 
-#: Rounds, of each of which the median is taken, and seconds that a round is to last.
+#: Rounds, of which the median is taken after one that warms up, and seconds that each is to last.
 ROUNDS, SECONDS = 9, 0.06
+
+#: Calls of a profile, and for how many of its cycles a GPU first does nothing (about 20 ms).
+PROFILED, SLEEP = 4, 40_000_000
 
 #: Pixels of a side of the image that is split; without a GPU.
 TALL, SMALL = 8192, 24
@@ -144,14 +147,12 @@ class Part:
         return (actual.sub_(expected).abs_().max() / scale).item()
 
     def kernel(self) -> str:
-        """Name the kernel of the first rank's own rows, or that of its images."""
-        arguments = self.problem.arguments
-        cropped = 0
+        """Name the kernel of this rank's own rows, or that of its images."""
+        crop = (0, 0)
         if self.splits_rows:
-            cropped = len(self.plan.added_to(0)) - len(self.plan.output_rows[0])
-        return plan_for(
-            self.input, self.weight, None, *arguments.values(), cropped_rows=cropped
-        ).kernel
+            crop = distributed._Part.of(self.plan, self.rank).own.crop
+        arguments = self.problem.arguments.values()
+        return plan_for(self.input, self.weight, None, *arguments, crop=crop).kernel
 
 
 @contextmanager
@@ -232,13 +233,19 @@ class Ranks:
 
 
 def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str, float | None]:
-    """Return when rows travelled and what ran meanwhile; None where no kernel carried them."""
+    """Return when rows travelled and what ran meanwhile; None where no kernel carried them.
+
+    Of the last of `PROFILED` calls, all of which are enqueued before the first begins: else the
+    profile would show how long the CPU takes to start kernels that it is watching.
+    """
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     call()
     torch.cuda.synchronize()
     dist.barrier(control)
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        torch.cuda._sleep(SLEEP)
+        for _ in range(PROFILED):
+            call()
         torch.cuda.synchronize()
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in profile.events():
@@ -249,14 +256,17 @@ def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str
         ):
             continue
         spans[is_nccls].append((event.time_range.start, event.time_range.end))
-    every = spans[True] + spans[False]
-    call_us = max(end for _, end in every) - min(start for start, _ in every)
-    if not spans[True]:
-        return {"sent_us": None, "hidden_us": None, "call_us": call_us}
-    sent = (min(start for start, _ in spans[True]), max(end for _, end in spans[True]))
-    # Kernels of one stream follow one another, so their parts of the interval add up.
-    hidden = sum(max(0.0, min(end, sent[1]) - max(start, sent[0])) for start, end in spans[False])
-    return {"sent_us": sent[1] - sent[0], "hidden_us": hidden, "call_us": call_us}
+    ours, nccls = (sorted(spans[is_nccls]) for is_nccls in (False, True))
+    if len(nccls) < 2:
+        whole = ours[-1][1] - ours[1][0]  # the first is asleep
+        return {"sent_us": None, "hidden_us": None, "call_us": whole / PROFILED}
+    begin, end = nccls[-1]
+    # Kernels of one stream may overlap: each begins where those before it have ended.
+    hidden, done = 0.0, begin
+    for start, stop in ours:
+        hidden += max(0.0, min(stop, end) - max(start, done))
+        done = max(done, stop)
+    return {"sent_us": end - begin, "hidden_us": hidden, "call_us": begin - nccls[-2][0]}
 
 
 def measured(teams: Sequence[Ranks], everyone: dist.ProcessGroup, seed: int) -> list[dict]:
@@ -281,8 +291,8 @@ def measured(teams: Sequence[Ranks], everyone: dist.ProcessGroup, seed: int) -> 
                 torch.cuda.empty_cache()
 
         together(begin)
-        for _ in range(rounds):
-            together(lambda team: found[team.count].run())  # noqa: B023
+        for number in range(rounds + 1):
+            together(lambda team: found[team.count].run(counts=number > 0))  # noqa: B023
         together(lambda team: rows.append(found[team.count].row()))  # noqa: B023
     return rows
 
@@ -307,12 +317,14 @@ class Measurement:
         once = [team.milliseconds(part.call, 3) for _ in range(2)][1]
         return cls(team, part, allow_tf32, error, max(2, round(1000 * SECONDS / once)))
 
-    def run(self) -> None:
-        """Run for a round."""
-        self.sent.append(self.team.milliseconds(self.part.call, self.runs))
+    def run(self, counts: bool) -> None:
+        """Run for a round, which counts unless it is there for the GPUs to become warm."""
+        sent = self.team.milliseconds(self.part.call, self.runs)
+        self.sent += [sent] if counts else []
         if self.part.splits_rows:
             with nothing_sent():
-                self.alone.append(self.team.milliseconds(self.part.call, self.runs))
+                alone = self.team.milliseconds(self.part.call, self.runs)
+            self.alone += [alone] if counts else []
 
     def row(self) -> dict[str, Any]:
         """Return a row of the record."""
@@ -418,8 +430,9 @@ def write(
             f"({SECONDS:g} s), on the GPU that took longest; one GPU calls the operator as if "
             "there were no others",
             "ms_without_exchange": "the same with nothing sent or received",
-            "exchange": "of each rank, in a profile of one call: from the first to the last "
-            "moment of NCCL's kernels, how much of that another kernel ran, and the call",
+            "exchange": f"of each rank, in a profile of {PROFILED} calls back to back: how long "
+            "the last NCCL kernel ran, how much of that another kernel ran, and how long after the "
+            "one before it began",
             "error": "largest difference from one GPU's result, relative to the largest value",
         },
         "rows": rows,

@@ -63,6 +63,7 @@ struct Method {
   static constexpr int PRODUCTS = PARTS == 2 ? 3 : 1;
   static constexpr int PIXELS = PIXELS_;  // columns of an instruction
   static constexpr int MAX_REGION = PARTS == 2 ? 1100 : 1700;
+  static constexpr double MAX_COUNT = 2147000000.0;  // of what a launch counts in 32 bits
   static constexpr int STEP_BYTES = PARTS * PART_BYTES;
   // Whether warpgroups with the same weights are brought them together. Else each goes its own way.
   static constexpr bool SHARES_WEIGHTS = PARTS == 2;
@@ -308,19 +309,35 @@ struct Shared {
 
 inline int64_t most_outputs(const Axis& axis) { return (axis.out_size - 1) / period_of(axis) + 1; }
 
-// Bounded are what must fit into shared memory, and what is counted in 32 bits. With few channels
-// most of the tensor cores' work would be in vain. convt_lab/stages.py says the same.
+// How far from a tile's first image a thread's inputs may lie, in values: a tile has parts of so
+// many images, a stage so many channels.
+inline double offsets_of(const ConvTransposeProblem& p, int64_t images, int channels) {
+  return (static_cast<double>(images - 1) * p.in_channels + channels + OCTET + 1) * p.height *
+         p.width;
+}
+
+// Whether so many images are few enough for a launch: offsets in a tile's inputs, and positions on
+// the flat axis, are counted in 32 bits.
+template <class M>
+bool fits_a_launch(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns,
+                   int images) {
+  const int64_t count_h = most_outputs(rows), count_w = most_outputs(columns);
+  const int64_t narrow = count_h * min(count_w, static_cast<int64_t>(NARROW_STRIPE));
+  const int64_t of_tile = min(static_cast<int64_t>(images), M::MAX_REGION / narrow + 3);
+  return offsets_of(p, of_tile, CI) < M::MAX_COUNT &&
+         2.0 * images * (count_h + most_taps(rows)) * (count_w + most_taps(columns) + 2) <
+             M::MAX_COUNT;
+}
+
+// Bounded are what must fit into shared memory, and one image. With few channels most of the tensor
+// cores' work would be in vain. convt_lab/stages.py says the same.
 template <class M>
 bool covers(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns) {
   if (has_more_phases(rows, MAX_PERIOD) || has_more_phases(columns, MAX_PERIOD)) return false;
   const int64_t taps_h = most_taps(rows), taps_w = most_taps(columns);
-  const int64_t count_h = most_outputs(rows), count_w = most_outputs(columns);
-  const int64_t images = M::MAX_REGION / (count_h * count_w) + 3;  // of a tile
-  const auto fits = [](double count) { return count < 2147000000.0; };
   return p.in_channels / p.groups >= CI && p.out_channels / p.groups >= CI &&
          (taps_h - 1) * (taps_w + NARROW_STRIPE + 1) + taps_w <= MAX_REACH &&
-         fits(1.0 * images * p.in_channels * p.height * p.width) &&
-         fits(2.0 * p.batch * (count_h + taps_h) * (count_w + taps_w + 2));
+         fits_a_launch<M>(p, rows, columns, 1);
 }
 
 // How units are read: octets, if groups consist of them and, along a row, neighbours can be read at
@@ -412,13 +429,14 @@ bool cut(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns, i
   plan.tasks = static_cast<unsigned>(plan.tiles_f) * plan.stripes * owners * p.groups;
   plan.bundles = plan.tasks / plan.bundle;
   // Stripes may be so narrow that a tile has parts of many images.
-  const int64_t images = plan.region / (static_cast<int64_t>(plan.rows) * plan.pitch) + 2;
-  const double offsets = 1.0 * images * p.in_channels * p.height * p.width;
+  const int64_t images = min(static_cast<int64_t>(p.batch),
+                             plan.region / (static_cast<int64_t>(plan.rows) * plan.pitch) + 2);
+  const double offsets = offsets_of(p, images, plan.subchunks * CI);
   const int least = max(2, plan.bundle > 1 ? plan.stages : 0);
   // Of weights that are brought to both warpgroups at once, neither gets far ahead.
   plan.buffers = plan.bundle > 1 ? MAX_BUFFERS : M::SHARES_WEIGHTS ? 2 : 4;
   while (plan.buffers >= least && Shared<M>::bytes(plan) > MAX_SHARED_BYTES) --plan.buffers;
-  return offsets <= INT32_MAX && plan.buffers >= least;
+  return offsets < M::MAX_COUNT && plan.buffers >= least;
 }
 
 // How long a block takes for a bundle, in cycles: a rough model, to compare plans by. Its constants
@@ -448,7 +466,7 @@ double cost_of(const Plan& plan) {
   return task * plan.bundle + max(0.0, converting * plan.stages - beside);
 }
 
-// Fills a plan; returns whether the problem is one for this kernel.
+// Fills a plan for a launch; returns whether the problem is one for this kernel.
 template <class M>
 bool choose_plan(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns, Plan& plan) {
   if (!covers<M>(p, rows, columns)) return false;

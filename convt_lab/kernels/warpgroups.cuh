@@ -638,21 +638,51 @@ auto with_cheapest(const ConvTransposeProblem& p, const Use& use) {
   return has_other && (!is_covered || other.cost < plan.cost) ? use(Other{}) : use(M{});
 }
 
-template <class... Methods>
-int64_t packed_bytes(const ConvTransposeProblem& p) {
-  return with_cheapest<Methods...>(p, [&](auto method) -> int64_t {
-    using M = decltype(method);
-    Plan plan = {};
-    return make_plan<M>(p, rows_of(p), columns_of(p), plan) ? Packed<M>(p, plan).bytes : -1;
-  });
+// Calls use(problem, image) for the images that are computed at once, from `image` on: mostly all
+// of them, or as many as are few enough (fits_a_launch). Ends where it returns false.
+template <class M, class... Others, class Use>
+void for_launches(const ConvTransposeProblem& p, const Use& use) {
+  const Axis rows = rows_of(p), columns = columns_of(p);
+  int images = p.batch;
+  while (images > 1 && !fits_a_launch<M>(p, rows, columns, images)) images = (images + 1) / 2;
+  ConvTransposeProblem part = p;
+  for (int image = 0; image < p.batch; image += images) {
+    part.batch = min(images, p.batch - image);
+    if (!use(part, image)) return;
+  }
 }
 
+template <class... Methods>
+int64_t packed_bytes(const ConvTransposeProblem& p) {
+  int64_t most = -1;
+  for_launches<Methods...>(p, [&](const ConvTransposeProblem& part, int) {
+    const int64_t bytes = with_cheapest<Methods...>(part, [&](auto method) -> int64_t {
+      using M = decltype(method);
+      Plan plan = {};
+      return make_plan<M>(part, rows_of(part), columns_of(part), plan) ? Packed<M>(part, plan).bytes
+                                                                       : -1;
+    });
+    most = bytes < 0 ? -1 : max(most, bytes);
+    return bytes >= 0;
+  });
+  return most;
+}
+
+// Launches that follow one another use the same memory for packed weights.
 template <class... Methods, class T>
 cudaError_t launch_cheapest(const T* input, const T* weight, const T* bias, T* output, void* packed,
                             const ConvTransposeProblem& p, cudaStream_t stream) {
-  return with_cheapest<Methods...>(p, [&](auto method) {
-    return launch<decltype(method)>(input, weight, bias, output, packed, p, stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  for_launches<Methods...>(p, [&](const ConvTransposeProblem& part, int image) {
+    const int64_t inputs = static_cast<int64_t>(p.in_channels) * p.height * p.width;
+    const int64_t outputs = static_cast<int64_t>(p.out_channels) * p.out_height * p.out_width;
+    error = with_cheapest<Methods...>(part, [&](auto method) {
+      return launch<decltype(method)>(input + image * inputs, weight, bias,
+                                      output + image * outputs, packed, part, stream);
+    });
+    return error == cudaSuccess;
   });
+  return error;
 }
 
 }  // namespace warpgroups

@@ -336,9 +336,9 @@ KERNELS = (
         "the-bounds-of-another-kernel",
         "a kernel says that it covers what its launcher refuses",
         "stages.py",
-        "functools.partial(_fits_hopper, max_region=1700)",
-        "functools.partial(_fits_hopper, max_region=1100)",
-        "test_kernels.py::TestWhatIsCovered::test_the_launcher_agrees[hopper_single]",
+        "covers=_fits_tensor_core_narrow,",
+        "covers=_fits_tensor_core_split,",
+        "test_kernels.py::TestWhatIsCovered::test_the_launcher_agrees[tensor_core_narrow]",
         errors=("KernelError",),
     ),
     mutant(
