@@ -32,7 +32,7 @@ CASES = {"images": True, "rows": True, "tall": False}
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a profile of some calls says of a rank's last exchange, in microseconds.
+    """What a profile of some calls says of one of a rank's exchanges, in microseconds.
 
     Attributes
     ----------

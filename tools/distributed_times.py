@@ -20,9 +20,9 @@ way from the first to the second), ``software`` (with ``nccl``), ``date``, ``see
 ``allow_tf32``, ``kernel`` (that computes the first rank's own rows), ``ms`` and, for every round,
 ``rounds_ms``; ``error``, the largest against one GPU's result, relative to the largest value.
 Where rows are split: ``ms_without_exchange`` and its ``rounds_ms_without_exchange``, ``bytes_sent``
-(of each rank), and ``exchange``: of each rank's last call in a profile of some back to
-back ``sent_us`` (how long its exchange's kernel ran), ``hidden_us`` (the part of it during which a
-kernel of the operator ran), and ``call_us`` (from the kernel of the call before to this one).
+(of each rank), and ``exchange``: of one of each rank's calls in a profile of some back
+to back ``sent_us`` (how long its exchange's kernel ran), ``hidden_us`` (the part of it during which
+a kernel of the operator ran), and ``call_us`` (from the kernel of the call before to this one).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, schedule
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -57,8 +58,8 @@ from convt_lab.problem import Problem  # noqa: E402
 #: Rounds, of which the median is taken after one that warms up, and seconds that each is to last.
 ROUNDS, SECONDS = 9, 0.06
 
-#: Calls of a profile, and for how many of its cycles a GPU first does nothing (about 20 ms).
-PROFILED, SLEEP = 4, 40_000_000
+#: Calls of a profile, and for how many of its cycles a GPU first does nothing (about 60 ms).
+PROFILED, SLEEP = 12, 120_000_000
 
 #: Pixels of a side of the image that is split; without a GPU.
 TALL, SMALL = 8192, 24
@@ -235,20 +236,25 @@ class Ranks:
 def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str, float | None]:
     """Return when rows travelled and what ran meanwhile; None where no kernel carried them.
 
-    Of the last of `PROFILED` calls, all of which are enqueued before the first begins: else the
-    profile would show how long the CPU takes to start kernels that it is watching.
+    Of the call that took the median time, of the second half of `PROFILED`. All are enqueued before
+    the first begins: else the profile would show how long the CPU takes to start kernels that it is
+    watching.
     """
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    call()
-    torch.cuda.synchronize()
-    dist.barrier(control)
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        torch.cuda._sleep(SLEEP)
-        for _ in range(PROFILED):
-            call()
-        torch.cuda.synchronize()
+    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
+    # Where the profiler has been at work before, it does not hold up the first call.
+    with profile(
+        activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1)
+    ) as profiler:
+        for _ in range(2):
+            torch.cuda.synchronize()
+            dist.barrier(control)
+            torch.cuda._sleep(SLEEP)
+            for _ in range(PROFILED):
+                call()
+            torch.cuda.synchronize()
+            profiler.step()
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for event in profile.events():
+    for event in profiler.events():
         is_nccls = event.name.startswith("nccl")
         # Besides its kernels there are spans that only mark what they belong to.
         if event.device_type != torch.autograd.DeviceType.CUDA or (
@@ -257,16 +263,18 @@ def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str
             continue
         spans[is_nccls].append((event.time_range.start, event.time_range.end))
     ours, nccls = (sorted(spans[is_nccls]) for is_nccls in (False, True))
-    if len(nccls) < 2:
+    if len(nccls) < PROFILED:
         whole = ours[-1][1] - ours[1][0]  # the first is asleep
         return {"sent_us": None, "hidden_us": None, "call_us": whole / PROFILED}
-    begin, end = nccls[-1]
+    late = itertools.pairwise(nccls[PROFILED // 2 :])
+    calls = sorted((after[0] - before[0], after) for before, after in late)
+    call_us, (begin, end) = calls[len(calls) // 2]
     # Kernels of one stream may overlap: each begins where those before it have ended.
     hidden, done = 0.0, begin
     for start, stop in ours:
         hidden += max(0.0, min(stop, end) - max(start, done))
         done = max(done, stop)
-    return {"sent_us": end - begin, "hidden_us": hidden, "call_us": begin - nccls[-2][0]}
+    return {"sent_us": end - begin, "hidden_us": hidden, "call_us": call_us}
 
 
 def measured(teams: Sequence[Ranks], everyone: dist.ProcessGroup, seed: int) -> list[dict]:
@@ -430,9 +438,9 @@ def write(
             f"({SECONDS:g} s), on the GPU that took longest; one GPU calls the operator as if "
             "there were no others",
             "ms_without_exchange": "the same with nothing sent or received",
-            "exchange": f"of each rank, in a profile of {PROFILED} calls back to back: how long "
-            "the last NCCL kernel ran, how much of that another kernel ran, and how long after the "
-            "one before it began",
+            "exchange": f"of each rank, in a profile of {PROFILED} calls back to back, of the call "
+            "that took the median time: how long NCCL's kernel ran, how much of that another "
+            "kernel ran, and how long after the one before it began",
             "error": "largest difference from one GPU's result, relative to the largest value",
         },
         "rows": rows,
