@@ -516,6 +516,10 @@ def conv_transpose2d_rows(
     Gradients are of first order. That of `input` is complete. Those of `weight` and `bias` are
     this rank's part of a sum over the group: all-reduce them, as for data parallelism but without
     the mean. Every rank must run the backward pass, those without rows too: it sends rows as well.
+
+    Give NCCL's streams a high priority when you make the group: ``pg_options`` with
+    ``is_high_priority_stream``. A kernel that computes a rank's own rows may stay on all of the
+    GPU's multiprocessors until it ends. If it starts before NCCL's, nothing travels meanwhile.
     """
     timeout = _checked_timeout(timeout)
     _check_tensors(input, weight, bias)

@@ -242,7 +242,10 @@ def connected(timeout: int) -> torch.device:
         torch.backends.cudnn.allow_tf32 = False  # which would round more than sums differ
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=limit, device_id=device)
+        # Else a kernel that is on all multiprocessors could keep NCCL's waiting until it ends.
+        high = dist.ProcessGroupNCCL.Options()
+        high.is_high_priority_stream = True
+        dist.init_process_group("nccl", timeout=limit, device_id=device, pg_options=high)
         return device
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("gloo", timeout=limit)

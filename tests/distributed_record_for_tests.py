@@ -26,7 +26,10 @@ def made_json(counts=(1, 2, 4)) -> dict:
                 }
                 if case != "images" and ranks > 1:
                     alone = ms - 0.0625 * (ranks - 1)
+                    usual = ms + 0.03125 * (ranks - 1)
                     row |= {
+                        "ms_at_usual_priority": usual,
+                        "rounds_ms_at_usual_priority": [usual * 0.99, usual, usual * 1.02],
                         "ms_without_exchange": alone,
                         "rounds_ms_without_exchange": [alone * 0.98, alone, alone * 1.01],
                         "bytes_sent": [4_000_000] * (ranks - 1) + [0],

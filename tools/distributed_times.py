@@ -19,10 +19,11 @@ way from the first to the second), ``software`` (with ``nccl``), ``date``, ``see
 ``rows``, each with ``case``, ``problem`` (the whole one's arguments of `Problem`), ``ranks``,
 ``allow_tf32``, ``kernel`` (that computes the first rank's own rows), ``ms`` and, for every round,
 ``rounds_ms``; ``error``, the largest against one GPU's result, relative to the largest value.
-Where rows are split: ``ms_without_exchange`` and its ``rounds_ms_without_exchange``, ``bytes_sent``
-(of each rank), and ``exchange``: of one of each rank's calls in a profile of some back
-to back ``sent_us`` (how long its exchange's kernel ran), ``hidden_us`` (the part of it during which
-a kernel of the operator ran), and ``call_us`` (from the kernel of the call before to this one).
+Where rows are split: ``ms_at_usual_priority`` (of NCCL's streams, which else is a high one) and
+``ms_without_exchange``, each with its rounds (``rounds_ms_...``); ``bytes_sent`` (of each rank);
+and ``exchange``: of one exchange of each rank, in a profile of some calls back to back, ``sent_us``
+(how long its kernel ran) and ``hidden_us`` (the part of it during which a kernel of the operator
+ran), and ``call_us`` (the mean from one exchange to the next).
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ class Part:
         """Whether anything is sent."""
         return self.case != "images" and self.ranks > 1
 
-    def call(self) -> torch.Tensor:
-        """Compute this rank's part of the output; on one GPU, as on any one."""
+    def call(self, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+        """Compute this rank's part of the output, by another group; on one GPU, as on any one."""
         arguments = self.problem.arguments
         if not self.splits_rows:
             return conv_transpose2d(self.input, self.weight, **arguments)
@@ -129,7 +130,7 @@ class Part:
             self.input,
             self.weight,
             **arguments,
-            group=self.group,
+            group=group or self.group,
             heights=[len(rows) for rows in self.plan.input_rows],
         )
 
@@ -199,7 +200,9 @@ class Ranks:
     count
         How many there are.
     group
-        For what the operator sends.
+        For what the operator sends; NCCL's streams have a high priority.
+    usual
+        The same with the priority that they usually have.
     control
         Of CPUs, for what the measurement sends.
     clock
@@ -210,6 +213,7 @@ class Ranks:
 
     count: int
     group: dist.ProcessGroup
+    usual: dist.ProcessGroup
     control: dist.ProcessGroup
     clock: EventClock | HostClock
     device: str
@@ -236,9 +240,9 @@ class Ranks:
 def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str, float | None]:
     """Return when rows travelled and what ran meanwhile; None where no kernel carried them.
 
-    Of the call that took the median time, of the second half of `PROFILED`. All are enqueued before
-    the first begins: else the profile would show how long the CPU takes to start kernels that it is
-    watching.
+    Of the exchange that took the median time, in the second half of `PROFILED` calls. All are
+    enqueued before the first begins: else the profile would show how long the CPU takes to start
+    kernels that it is watching.
     """
     activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
     # Where the profiler has been at work before, it does not hold up the first call.
@@ -266,9 +270,9 @@ def profiled(call: Callable[[], object], control: dist.ProcessGroup) -> dict[str
     if len(nccls) < PROFILED:
         whole = ours[-1][1] - ours[1][0]  # the first is asleep
         return {"sent_us": None, "hidden_us": None, "call_us": whole / PROFILED}
-    late = itertools.pairwise(nccls[PROFILED // 2 :])
-    calls = sorted((after[0] - before[0], after) for before, after in late)
-    call_us, (begin, end) = calls[len(calls) // 2]
+    late = nccls[PROFILED // 2 :]
+    call_us = (late[-1][0] - late[0][0]) / (len(late) - 1)
+    begin, end = sorted(late[1:], key=lambda span: span[1] - span[0])[len(late) // 2]
     # Kernels of one stream may overlap: each begins where those before it have ended.
     hidden, done = 0.0, begin
     for start, stop in ours:
@@ -315,6 +319,7 @@ class Measurement:
     error: float
     runs: int
     sent: list[float] = field(default_factory=list)
+    usual: list[float] = field(default_factory=list)
     alone: list[float] = field(default_factory=list)
 
     @classmethod
@@ -330,6 +335,8 @@ class Measurement:
         sent = self.team.milliseconds(self.part.call, self.runs)
         self.sent += [sent] if counts else []
         if self.part.splits_rows:
+            usual = self.team.milliseconds(lambda: self.part.call(self.team.usual), self.runs)
+            self.usual += [usual] if counts else []
             with nothing_sent():
                 alone = self.team.milliseconds(self.part.call, self.runs)
             self.alone += [alone] if counts else []
@@ -350,6 +357,8 @@ class Measurement:
         if not part.splits_rows:
             return row
         row |= {
+            "ms_at_usual_priority": records.rounded(statistics.median(self.usual), 5),
+            "rounds_ms_at_usual_priority": [records.rounded(value, 5) for value in self.usual],
             "ms_without_exchange": records.rounded(statistics.median(self.alone), 5),
             "rounds_ms_without_exchange": [records.rounded(value, 5) for value in self.alone],
             "bytes_sent": [part.plan.bytes_sent(rank) for rank in range(part.ranks)],
@@ -391,10 +400,15 @@ def on_a_rank(arguments: argparse.Namespace) -> None:
     dist.init_process_group("gloo", **settings)
     rank, world = dist.get_rank(), dist.get_world_size()
     backend = "nccl" if device == "cuda" else "gloo"
+    high = None
+    if device == "cuda":
+        high = dist.ProcessGroupNCCL.Options()
+        high.is_high_priority_stream = True
     clock = EventClock() if device == "cuda" else HostClock()
     teams = [
         Ranks(
             count,
+            dist.new_group(range(count), backend=backend, pg_options=high, **settings),
             dist.new_group(range(count), backend=backend, **settings),
             dist.new_group(range(count), backend="gloo", **settings),
             clock,
@@ -437,10 +451,12 @@ def write(
             "ms": "median of the rounds; a round is one run's share of some back to back "
             f"({SECONDS:g} s), on the GPU that took longest; one GPU calls the operator as if "
             "there were no others",
+            "ms_at_usual_priority": "the same where NCCL's streams have the priority that they "
+            "usually have; else they have a high one",
             "ms_without_exchange": "the same with nothing sent or received",
-            "exchange": f"of each rank, in a profile of {PROFILED} calls back to back, of the call "
-            "that took the median time: how long NCCL's kernel ran, how much of that another "
-            "kernel ran, and how long after the one before it began",
+            "exchange": f"of each rank, in a profile of {PROFILED} calls back to back, of the "
+            "exchange that took the median time: how long NCCL's kernel ran, and how much of that "
+            "another kernel ran; and from one exchange to the next",
             "error": "largest difference from one GPU's result, relative to the largest value",
         },
         "rows": rows,
