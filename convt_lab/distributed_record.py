@@ -276,14 +276,14 @@ def _exchange(node: Node) -> Exchange:
 def times(record: DistributedRecord) -> str:
     """Return a table of times and efficiencies.
 
-    `spread` is the distance from the fastest round to the slowest, relative to the median; `nothing
+    `spread` is the distance from the fastest round to the slowest, relative to the median; `none
     sent` is the time with the exchange left out, `usual priority` that with NCCL's streams as they
     usually are; `MB` is what the rank sends that sends most.
     """
     rows = [
         (
             *("case", "GPUs", "TF32", "ms", "spread", "efficiency"),
-            *("nothing sent", "usual priority", "MB", "error"),
+            *("none sent", "usual priority", "MB", "error"),
         )
     ]
     for row in record.rows:

@@ -95,7 +95,7 @@ def test_tables_have_a_line_for_each_row():
     lines = distributed_record.times(record).splitlines()
     assert len(lines) == 1 + len(record.rows)
     assert lines[0].split() == [
-        *("case", "GPUs", "TF32", "ms", "spread", "efficiency", "nothing", "sent"),
+        *("case", "GPUs", "TF32", "ms", "spread", "efficiency", "none", "sent"),
         *("usual", "priority", "MB", "error"),
     ]
     tall = next(line.split() for line in lines if line.startswith("tall") and " 2 " in line)

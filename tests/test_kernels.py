@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import math
 import os
+import random
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -766,6 +768,45 @@ def test_images_of_2_32_values(kernel, channels_last):
         y[image, :, rows, columns] = 0
     y[0, :, :10, :12] = y[1, :, -10:, -12:] = 0  # what the corners reach
     assert y.count_nonzero() == 0
+
+
+def test_one_function_asks_for_shared_memory():
+    """It never takes back what another thread has asked for."""
+    asking = [
+        file.name
+        for file in KERNEL_FOLDER.glob("*.cu*")
+        if "cudaFuncSetAttribute(" in file.read_text()
+    ]
+    assert asking == ["shared_memory.cuh"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", kernels)
+def test_threads_whose_blocks_need_different_shared_memory(kernel):
+    """The limit of a kernel's shared memory is one for all threads."""
+    problems = [
+        lab.Problem(2, 32, 32, *size, kernel_size=kernel_size, groups=groups)
+        for size, kernel_size, groups in itertools.product(
+            [(5, 9), (40, 90), (64, 300)], [1, 3, (3, 7), 7], [1, 2]
+        )
+    ]
+    covered = [p for p in problems if kernels[kernel].supports(p, torch.float32, False)]
+    assert covered or kernel == "one_channel"
+    jobs = []
+    for problem in covered:
+        tensors = [t if t is None else t.cuda() for t in data_of(problem)]
+        jobs.append((problem, tensors, kernels[kernel](*tensors, **problem.arguments)))
+
+    def work(seed):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for problem, tensors, expected in random.Random(seed).choices(jobs, k=200):
+                assert torch.equal(kernels[kernel](*tensors, **problem.arguments), expected)
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work, seed) for seed in range(4 if jobs else 0)]:
+            done.result()
 
 
 @pytest.mark.parametrize("file", sorted(KERNEL_FOLDER.glob("*.cu*")), ids=lambda file: file.name)

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from convt_lab import (
     decoder_record,
     decoder_report,
     dispatch,
+    distributed_record,
     doctor,
     figures,
     figures_blocks,
@@ -473,6 +475,29 @@ def exchange_in_rows(link: str) -> float:
     return split.exchange / (split.alone / TALL.height)
 
 
+@functools.cache
+def on_gpus() -> distributed_record.DistributedRecord:
+    return distributed_record.load(records.FOLDER / "nvidia-h200-distributed.json")
+
+
+def beyond_one_gpu(allow_tf32: bool) -> list[float]:
+    """Milliseconds that the star's rows take beyond one GPU's, with nothing sent."""
+    alone = on_gpus().row("rows", 1, allow_tf32).ms
+    rows = [on_gpus().row("rows", ranks, allow_tf32) for ranks in (2, 4)]
+    return [row.ms_without_exchange - alone for row in rows]
+
+
+def part_of_the_star(allow_tf32: bool) -> float:
+    """What share of one GPU's time that is, in the mean."""
+    return statistics.mean(beyond_one_gpu(allow_tf32)) / on_gpus().row("rows", 1, allow_tf32).ms
+
+
+def shortest_call(allow_tf32: bool) -> float:
+    """In milliseconds, as the model has it."""
+    record = operator_record.load(records.FOLDER / "nvidia-h200-operator.json")
+    return 1000 * scaling.machine_of(record, STAR, scaling.LINKS["NVLink"], allow_tf32).call
+
+
 def bytes_per_flop(split: str, ranks: int) -> float:
     """Of the star, forward and backward."""
     sent, work = scaling.bytes_sent(STAR, split, ranks), scaling.flops_of_a_rank(STAR, ranks)
@@ -824,6 +849,29 @@ CLAIMS = {
             TALL.height / 1024 == 8 and split_tall(1024, "InfiniBand").efficiency < 0.6
         ),
         "an all-reduce over 1,024 ranks": True,
+        "with times on two and four GPUs": lambda: {r.ranks for r in on_gpus().rows} == {1, 2, 4},
+        "Images scale as predicted, as nothing is sent. The tall image does nearly": lambda: all(
+            on_gpus().efficiency(row) > (0.97 if row.case == "images" else 0.93)
+            for row in on_gpus().rows
+            if row.case != "rows"
+        ),
+        "wherever rows travel, they travel while the interior is computed": lambda: all(
+            exchange.hidden == exchange.sent for row in on_gpus().rows for exchange in row.exchange
+        ),
+        "takes a tenth of a millisecond longer": lambda: all(
+            0.08 < ms < 0.13 for tf32 in (False, True) for ms in beyond_one_gpu(tf32)
+        ),
+        "three times what the model takes for a strip": lambda: all(
+            2.5 < ms / shortest_call(tf32) < 4.5
+            for tf32 in (False, True)
+            for ms in beyond_one_gpu(tf32)
+        ),
+        "a twentieth of the star's time, and a tenth of it with TF32": lambda: (
+            0.04 < part_of_the_star(False) < 0.06 and 0.09 < part_of_the_star(True) < 0.13
+        ),
+        "times that vary by some percent": lambda: all(
+            0.02 < max(row.rounds_ms) / min(row.rounds_ms) - 1 < 0.25 for row in on_gpus().rows
+        ),
     },
     "api": {
         accuracy.promise(accuracy_rows()): True,  # made from the record

@@ -1,13 +1,16 @@
 """The simulator: CUDA's language and execution model on a CPU."""
 
+import ctypes
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
+import torch
 
 import convt_lab as lab
+from convt_lab.backend import Array
 
 
 def launch(source, grid, block, args, shared_bytes=0, name="run"):
@@ -293,6 +296,60 @@ class TestFaults:
         with pytest.raises(lab.KernelError):
             launch("__global__ void run(float* x) { x[0] = 9; x[1 << 20] = 1; }", 1, 1, [x])
         assert x.tolist() == [0, 1, 2, 3]
+
+    def test_more_shared_memory_than_was_asked_for(self):
+        """Beyond 48 KiB a launcher has to ask, for each kernel."""
+        source = """
+        __global__ void run(int* x) { extern __shared__ int a[]; a[*x] = 1; *x = a[0]; }
+        __global__ void other(int* x) { extern __shared__ int a[]; a[*x] = 1; *x = a[0]; }
+        extern "C" cudaError_t go(int* x, int asked, int bytes, cudaStream_t stream) {
+          const cudaError_t error = cudaFuncSetAttribute(
+              other, cudaFuncAttributeMaxDynamicSharedMemorySize, 100000);
+          if (error != cudaSuccess) return error;
+          if (asked > 0) {
+            const cudaError_t error = cudaFuncSetAttribute(
+                run, cudaFuncAttributeMaxDynamicSharedMemorySize, asked);
+            if (error != cudaSuccess) return error;
+          }
+          run<<<1, 1, bytes, stream>>>(x);
+          return cudaGetLastError();
+        }
+        """
+        program = lab.compile(source, "simulator")
+
+        def go(asked, bytes):
+            x = np.zeros(1, np.int32)
+            array = Array.of("x", torch.from_numpy(x), written=True)
+            program.call("go", array, ctypes.c_int(asked), ctypes.c_int(bytes))
+            assert x[0] == 1
+
+        go(0, 48 * 1024)
+        with pytest.raises(lab.KernelError, match="may ask for, 49152, until cuda"):
+            go(0, 48 * 1024 + 4)
+        go(70000, 70000)
+        with pytest.raises(lab.KernelError, match="may ask for, 60000, until"):
+            go(60000, 70000)
+        with pytest.raises(lab.KernelError, match="invalid argument"):
+            go(228 * 1024, 48 * 1024)
+
+    def test_what_was_asked_for_is_never_taken_back(self):
+        """Else a thread could take from another what that is about to launch with."""
+        source = """
+        #include "shared_memory.cuh"
+        __global__ void run(int* x) { extern __shared__ int a[]; a[*x] = 1; *x = a[0]; }
+        extern "C" cudaError_t go(int* x, cudaStream_t stream) {
+          for (const std::size_t bytes : {50000, 90000, 60000, 1000}) {
+            const cudaError_t error = allow_shared_bytes(run, bytes);
+            if (error != cudaSuccess) return error;
+          }
+          run<<<1, 1, 90000, stream>>>(x);
+          return cudaGetLastError();
+        }
+        """
+        x = np.zeros(1, np.int32)
+        array = Array.of("x", torch.from_numpy(x), written=True)
+        lab.compile(source, "simulator").call("go", array)
+        assert x[0] == 1
 
     def test_too_much_shared_memory(self):
         source = "__global__ void run(int* x) { __shared__ int a[1000]; a[*x] = 1; *x = a[0]; }"

@@ -5,6 +5,7 @@
 #include <cuda_pipeline.h>
 
 #include "problem.cuh"
+#include "shared_memory.cuh"
 #include "storage.cuh"
 
 // Splits a block's number into the numbers of its tile, channels, image, ...

@@ -734,11 +734,8 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output,
     return cudaErrorInvalidValue;
   }
   const auto kernel = cells_kernel<T, PHASES, CHANNELS>;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(blocks), THREADS, shared_bytes, stream>>>(
       input, weight, bias, output, p, rows_of(p), columns_of(p), plan);
   return cudaGetLastError();

@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "shared_memory.cuh"
+
 namespace convt_lab {
 
 // NumPy's codes: f4 is float, i8 a 64-bit integer, b1 a bool; V16 any other type of 16 bytes.
@@ -50,12 +52,8 @@ template <class... P, std::size_t... I>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
                    [[maybe_unused]] void** arguments, cudaStream_t stream,
                    std::index_sequence<I...>) {
-  constexpr std::size_t kAlwaysAllowed = 48 * 1024;
-  if (shared_bytes > kAlwaysAllowed) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
   kernel<<<grid, block, shared_bytes, stream>>>(
       *static_cast<std::remove_cv_t<P>*>(arguments[I])...);
   return cudaGetLastError();

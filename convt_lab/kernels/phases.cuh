@@ -699,8 +699,7 @@ static cudaError_t launch_tiles(const float* input, const float* weight, const f
                                 float* output, const ConvTransposeProblem& p, const Axis& rows,
                                 const Axis& columns, const Plan& plan, cudaStream_t stream) {
   const auto kernel = register_blocked_phases_kernel<WARPS_CO, THREAD_W>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+  const cudaError_t error = allow_shared_bytes(kernel, plan.shared_bytes);
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(blocks_of(plan.tiles, p)), THREADS, plan.shared_bytes, stream>>>(
       input, weight, bias, output, p, rows, columns, plan.tiles);

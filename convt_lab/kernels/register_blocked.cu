@@ -297,8 +297,7 @@ static cudaError_t launch(const float* input, const float* weight, const float* 
                           const ConvTransposeProblem& p, const FlatTiles& tiles,
                           std::size_t shared_bytes, cudaStream_t stream) {
   const auto kernel = register_blocked_kernel<WARPS_CO, VECTOR>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   const int blocks = p.batch * p.groups * tiles.count * tiles.count_co;
   kernel<<<blocks, Sizes<WARPS_CO>::THREADS, shared_bytes, stream>>>(input, weight, bias, output, p,

@@ -354,8 +354,7 @@ cudaError_t launch_tiles(const T* input, const T* weight, const T* bias, T* outp
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const auto kernel = tensor_core_narrow_kernel<T, TILES_N, LAST>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes));
+  error = allow_shared_bytes(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   const int64_t blocks = static_cast<int64_t>(plan.tile.tiles_n) * plan.tile.tiles_h *
                          plan.tile.tiles_w * plan.parts_n * p.groups;

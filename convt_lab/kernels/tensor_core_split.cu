@@ -422,9 +422,7 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
       weight, static_cast<uint4*>(packed), p, rows, columns, plan, static_cast<int>(packers));
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(tensor_core_split_kernel<T, LAST>,
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes));
+  error = allow_shared_bytes(tensor_core_split_kernel<T, LAST>, shared_bytes);
   if (error != cudaSuccess) return error;
   const int64_t blocks = static_cast<int64_t>(plan.tile.tiles_n) * plan.tile.tiles_h *
                          plan.tile.tiles_w * plan.blocks_m * plan.classes_h * plan.classes_w *

@@ -596,9 +596,8 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
   const Packed<M> packed(p, plan);
   const int64_t octets = static_cast<int64_t>(p.groups) * plan.parts_co * plan.tile_parts() * CO *
                          2 * plan.stages * plan.subchunks * p.kernel_h * p.kernel_w;
-  const int shared_bytes = static_cast<int>(Shared<M>::bytes(plan));
-  const cudaError_t error = cudaFuncSetAttribute(
-      hopper_kernel<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const auto shared_bytes = static_cast<std::size_t>(Shared<M>::bytes(plan));
+  const cudaError_t error = allow_shared_bytes(hopper_kernel<M>, shared_bytes);
   if (error != cudaSuccess) return error;
 
   float* const inverses = static_cast<float*>(memory);

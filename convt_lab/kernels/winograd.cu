@@ -348,9 +348,7 @@ template <int VECTOR>
 static cudaError_t launch(const float* input, const float* weight, const float* bias, float* output,
                           const ConvTransposeProblem& p, const FlatTiles& tiles,
                           std::size_t shared_bytes, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(winograd_kernel<VECTOR>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes));
+  const cudaError_t error = allow_shared_bytes(winograd_kernel<VECTOR>, shared_bytes);
   if (error != cudaSuccess) return error;
   const int blocks = p.batch / tiles.images * p.groups * tiles.count * tiles.count_co;
   winograd_kernel<VECTOR>

@@ -166,6 +166,7 @@ class _Index(ctypes.Structure):
 class _Failure(ctypes.Structure):
     """``CudasimFailure`` of runtime.h."""
 
+    NONE = 0
     BAD_ACCESS = 1
     BAD_CONFIGURATION = 5
     STOPPED = 8
@@ -283,6 +284,10 @@ class Simulator(Backend):
         """Describe the failed launch: which thread did what to which buffer."""
         failure = _runtime().cudasim_failure().contents
         text = failure.text.decode()
+        if failure.kind == _Failure.NONE:  # no launch failed: the launcher itself gave up
+            library.convt_lab_error_string.restype = ctypes.c_char_p
+            reason = library.convt_lab_error_string(code).decode()
+            return KernelError(f"{kernel} failed: {reason} (CUDA error {code})")
         if failure.kind == _Failure.BAD_CONFIGURATION:
             return KernelError(f"{kernel} was not launched: {text}")
         where = f"block {failure.block}, thread {failure.thread}"

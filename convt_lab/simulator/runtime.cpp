@@ -34,10 +34,13 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace {
 
+constexpr int kInvalidValue = 1;          // cudaErrorInvalidValue
 constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
 constexpr int kLaunchFailure = 719;       // cudaErrorLaunchFailure
 constexpr int kMaxThreads = 1024;         // per block, on every architecture
@@ -852,10 +855,23 @@ int available_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-bool check_configuration(const CudasimLaunch& launch, std::size_t static_shared) {
+std::mutex allowed_mutex;
+std::unordered_map<const void*, std::size_t> allowed;  // by kernel, where it was set
+
+// How much dynamic shared memory a kernel's launches may ask for.
+std::size_t allowed_shared_bytes(const void* kernel) {
+  constexpr std::size_t kAlwaysAllowed = 48 * 1024;
+  std::lock_guard<std::mutex> lock(allowed_mutex);
+  const auto found = allowed.find(kernel);
+  return found == allowed.end() ? kAlwaysAllowed : found->second;
+}
+
+// Returns the error that the launch ends with, or 0.
+int check_configuration(const CudasimLaunch& launch, std::size_t static_shared) {
   const auto& g = launch.grid;
   const auto& b = launch.block;
   const auto threads = static_cast<std::uint64_t>(b.x) * b.y * b.z;
+  int error = kInvalidConfiguration;
   CudasimFailure failure{};
   failure.kind = CUDASIM_BAD_CONFIGURATION;
   if (g.x < 1 || g.y < 1 || g.z < 1 || g.x > 0x7FFFFFFFu || g.y > 65535 || g.z > 65535) {
@@ -870,11 +886,18 @@ bool check_configuration(const CudasimLaunch& launch, std::size_t static_shared)
         failure.text, sizeof(failure.text),
         "%zu bytes of shared memory (%zu static, %zu dynamic) are more than a block's %zu",
         static_shared + launch.shared_bytes, static_shared, launch.shared_bytes, max_shared_bytes);
+  } else if (launch.shared_bytes > allowed_shared_bytes(launch.kernel)) {
+    error = kInvalidValue;
+    std::snprintf(failure.text, sizeof(failure.text),
+                  "%zu bytes of dynamic shared memory are more than the kernel's launches may ask "
+                  "for, %zu, until cudaFuncSetAttribute(kernel, "
+                  "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) says otherwise",
+                  launch.shared_bytes, allowed_shared_bytes(launch.kernel));
   } else {
-    return true;
+    return 0;
   }
   if (pending_error == 0) last_failure = failure;
-  return false;
+  return error;
 }
 
 }  // namespace
@@ -884,8 +907,8 @@ extern "C" {
 void cudasim_launch(const CudasimLaunch* launch) {
   // The call's data lies on the launcher's stack; its code tells the library.
   const Library library = find_library(reinterpret_cast<const void*>(launch->run_thread));
-  if (!check_configuration(*launch, library.shared_bytes)) {
-    if (pending_error == 0) pending_error = kInvalidConfiguration;
+  if (const int error = check_configuration(*launch, library.shared_bytes); error != 0) {
+    if (pending_error == 0) pending_error = error;
     return;
   }
   if (planning) {
@@ -982,7 +1005,11 @@ int cudasim_take_error() {
   return error;
 }
 
-const CudasimFailure* cudasim_failure() { return &last_failure; }
+const CudasimFailure* cudasim_failure() {
+  thread_local CudasimFailure told;
+  told = std::exchange(last_failure, CudasimFailure{});
+  return &told;
+}
 
 CudasimIndex cudasim_thread_index() { return worker->thread_index(); }
 CudasimIndex cudasim_block_index() { return worker->block_index(); }
@@ -994,6 +1021,10 @@ std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uin
   return worker->exchange(mask, value, lanes);
 }
 std::size_t cudasim_max_shared_bytes() { return max_shared_bytes; }
+void cudasim_allow_shared_bytes(const void* kernel, std::size_t bytes) {
+  std::lock_guard<std::mutex> lock(allowed_mutex);
+  allowed[kernel] = bytes;
+}
 void cudasim_limit_seconds(double seconds) { limit_seconds = seconds; }
 void cudasim_print(const char* text, std::size_t bytes) {
   if (worker == nullptr || !worker->in_fiber()) {

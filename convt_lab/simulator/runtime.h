@@ -154,7 +154,7 @@ void cudasim_print(const char* text, std::size_t bytes);
 void cudasim_launch(const CudasimLaunch* launch);
 int cudasim_peek_error();  // 0 or a cudaError_t
 int cudasim_take_error();
-// What happened in the launch whose error was last taken or is still to be taken.
+// What happened in the launch whose error was last taken or is still to be taken; told once.
 const CudasimFailure* cudasim_failure();
 
 // The current thread's place. `const`: within one call of a kernel they never change.
@@ -171,8 +171,10 @@ int cudasim_barrier(int predicate);
 std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes);
 [[noreturn]] void cudasim_trap(const char* text);
 
-// What cudaDeviceGetAttribute says a block may have.
+// What cudaDeviceGetAttribute says a block may have; and what cudaFuncSetAttribute lets a kernel's
+// launches ask for beyond what every kernel may have.
 std::size_t cudasim_max_shared_bytes();
+void cudasim_allow_shared_bytes(const void* kernel, std::size_t bytes);
 
 // Device memory: 256-byte aligned, among unmapped addresses, so that running past it is caught.
 void* cudasim_allocate(std::size_t bytes);

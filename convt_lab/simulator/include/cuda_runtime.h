@@ -460,6 +460,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <class... P>
-cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int) {
-  return cudaSuccess;  // the limits are checked at the launch
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || static_cast<std::size_t>(value) > cudasim_max_shared_bytes()) {
+      return cudaErrorInvalidValue;
+    }
+    cudasim_allow_shared_bytes(reinterpret_cast<const void*>(kernel), value);
+  }
+  return cudaSuccess;
 }

@@ -1,0 +1,36 @@
+// Lets a kernel have more shared memory than every kernel may.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <map>
+#include <mutex>
+#include <utility>
+
+// Each library has a memory of its own: with a name that others can see, loaders would give all of
+// them one.
+namespace {
+
+// A kernel's limit holds for all threads' launches. So it is raised and never lowered: else one
+// thread could take from another what that one has asked for and is about to launch with.
+template <class... P>
+cudaError_t allow_shared_bytes(void (*kernel)(P...), std::size_t bytes) {
+  constexpr std::size_t ALWAYS_ALLOWED = 48 * 1024;
+  static std::mutex mutex;
+  static std::map<std::pair<int, void (*)(P...)>, std::size_t> allowed;  // of a GPU's kernel
+  if (bytes <= ALWAYS_ALLOWED) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::size_t& most = allowed[{device, kernel}];
+  if (bytes <= most) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes));
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
+}  // namespace
