@@ -675,6 +675,9 @@ def explain(
     >>> print(explain(torch.ones(1, 2, 5, 5), torch.ones(2, 3, 4, 4)))
     PyTorch's own: the tensors are on cpu, and our kernels run on CUDA GPUs
     """
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == "bias"):
+            raise TypeError(f"{name}={tensor!r:.99} must be a tensor, not {type(tensor).__name__}")
     shape = (1, *input.shape) if input.dim() == 3 else input.shape
     problem = Problem.from_shapes(
         tuple(shape),

@@ -35,6 +35,10 @@ ODD = [
 ]  # fmt: skip
 
 
+#: What a wrong argument may raise.
+ERRORS = TypeError | ValueError | RuntimeError | MemoryError
+
+
 def integer(rng):
     return rng.choice(INTEGERS)
 
@@ -208,12 +212,158 @@ def stage(rng):
     return compared(rng, lab.stages[name], lambda result: torch.as_tensor(result))
 
 
+def gather(rng):
+    """`reference.gather`, likewise."""
+    return compared(rng, lab.reference.gather, lambda result: torch.from_numpy(np.asarray(result)))
+
+
+def profile(rng):
+    """`Stage.profile`: counts, or an error."""
+    tensors, arguments = drawn_call(rng)
+    if rng.random() < 0.3:
+        arguments["blocks"] = rng.choice([[0], [0, 1], [-1], [2**40], [1.5], "0", *ODD])
+    ours, seconds = outcome_of(lab.stages["coalesced"].profile, *tensors, **arguments)
+    told = f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, ERRORS), seconds, told
+    stores = [site for site in ours.sites if (site.space, site.op) == ("global", "store")]
+    return stores != [] and ours.hazards == (), seconds, told
+
+
+def layer(rng):
+    """`ConvTranspose2d` as PyTorch's: made, then called."""
+    arguments = [rng.choice([1, 2, 4, 4, 4]) for _ in range(2)] + [pair(rng)]
+    if rng.random() < 0.2:
+        arguments[rng.randrange(3)] = rng.choice([*INTEGERS, *ODD])
+    keywords = {
+        name: pair(rng)
+        for name in ("stride", "padding", "output_padding", "dilation")
+        if rng.random() < 0.2
+    }
+    if rng.random() < 0.3:
+        keywords["groups"] = rng.choice([1, 2, 4, *INTEGERS, *ODD])
+    if rng.random() < 0.1:
+        keywords["bias"] = rng.choice([True, False, *ODD])
+    if rng.random() < 0.1:
+        keywords["padding_mode"] = rng.choice(["zeros", "reflect", "circular", *ODD])
+    if rng.random() < 0.1:
+        keywords["device"] = rng.choice(["cpu", "meta", "nowhere", *ODD])
+    if rng.random() < 0.1:
+        keywords["dtype"] = rng.choice([torch.float32, torch.float64, torch.int32, *ODD])
+    x = torch.randn(sizes(rng, rng.choice([3, 4, 4, 4])))
+    if x.dim() > 2 and x.numel() > 0 and rng.random() < 0.8:
+        x = x.narrow(-3, 0, 1).repeat_interleave(4, -3)  # as many channels as most layers take
+    x = changed(x, rng)
+    given = [x] if rng.random() < 0.8 else [x, rng.choice([[9, 9], [4, 5], [3], *ODD])]
+
+    def run(kind):
+        torch.manual_seed(0)
+        return kind(*arguments, **keywords)(*given)
+
+    ours, seconds = outcome_of(run, lab.ConvTranspose2d)
+    theirs, _ = outcome_of(run, torch.nn.ConvTranspose2d)
+    told = (
+        f"{arguments} {keywords}, {list(map(told_of, given))}: {told_of(ours)}, "
+        f"PyTorch: {told_of(theirs)}"
+    )
+    if isinstance(theirs, Exception):
+        kind = RuntimeError if isinstance(theirs, RuntimeError) else type(theirs)
+        return isinstance(ours, kind), seconds, told
+    if isinstance(ours, lab.ProblemError | TypeError):  # as for `operator`
+        odd = any(isinstance(v, float | bool) for v in keywords.values())
+        has_no_data = "meta" in (x.device.type, str(keywords.get("device")))
+        return theirs.numel() == 0 or odd or has_no_data, seconds, told
+    return isinstance(ours, torch.Tensor) and same(ours, theirs), seconds, told
+
+
+def replace(rng):
+    """`replace_conv_transpose`: a model, or an error that leaves it as it was."""
+    kinds = [
+        lambda: torch.nn.ConvTranspose2d(2, 3, 3),
+        lambda: torch.nn.LazyConvTranspose2d(3, 3),
+        lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.ConvTranspose2d(2, 3, 3)),
+        lambda: torch.nn.ConvTranspose1d(2, 3, 3),
+        lambda: torch.nn.Conv2d(2, 3, 3),
+        lambda: lab.ConvTranspose2d(2, 3, 3, device="meta"),
+        lambda: torch.nn.Sequential(*(rng.choice(kinds[:6])() for _ in range(rng.randrange(4)))),
+        lambda: rng.choice([torch.nn.ConvTranspose2d, [torch.nn.ReLU()], *ODD]),
+    ]
+    model = rng.choice(kinds)()
+    plain = type(model) is torch.nn.ConvTranspose2d
+    ours, seconds = outcome_of(lab.replace_conv_transpose, model)
+    told = f"{told_of(model)}: {told_of(ours)}"
+    if not isinstance(model, torch.nn.Module):
+        return isinstance(ours, TypeError), seconds, told
+    return ours is model and isinstance(model, lab.ConvTranspose2d) >= plain, seconds, told
+
+
+def explain(rng):
+    """`explain`: PyTorch's own for CPU tensors, or an error."""
+    tensors, arguments = drawn_call(rng)
+    ours, seconds = outcome_of(lab.explain, *tensors, **arguments)
+    told = f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, TypeError | ValueError | RuntimeError), seconds, told
+    return ours.kernel == "pytorch" and len(str(ours)) > 20, seconds, told
+
+
+def random_inputs(rng):
+    """`Problem.random_inputs`: tensors of the problem's shapes, or an error."""
+    keywords = {}
+    if rng.random() < 0.7:
+        keywords["seed"] = rng.choice([0, 1, 2**63, -1, *ODD])
+    if rng.random() < 0.4:
+        keywords["device"] = rng.choice(["cpu", "cpu", "meta", "cuda:99", "nowhere", *ODD])
+    drawn = lab.Problem(bias=rng.random() < 0.5, height=rng.randint(1, 9), stride=rng.randint(1, 3))
+    ours, seconds = outcome_of(drawn.random_inputs, **keywords)
+    told = f"{keywords}: {told_of(ours)}"
+    if isinstance(ours, Exception):  # without CUDA PyTorch has an error of its own
+        return isinstance(ours, ERRORS) or "with CUDA enabled" in str(ours), seconds, told
+    shapes = drawn.input_shape, drawn.weight_shape, drawn.bias_shape
+    fine = all(s is None if t is None else t.shape == s for t, s in zip(ours, shapes, strict=True))
+    return fine, seconds, told
+
+
+def compile(rng):
+    """`lab.compile`: a program, or an error; sources that compile are few, as that takes long."""
+    source = rng.choice([*[KERNEL] * 20, *ODD])
+    keywords = {}
+    if rng.random() < 0.8:
+        backends = [*["simulator"] * 20, "gpu", "auto", ""]
+        keywords["backend"] = rng.choice([*backends, *ODD])
+    if rng.random() < 0.4:
+        keywords["name"] = rng.choice(["kernel", "", "a/b", "..", "a b", "ä", "x" * 300, *ODD])
+    ours, seconds = outcome_of(lab.compile, source, **keywords)
+    told = f"{told_of(source)[:20]} {keywords}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, ERRORS), seconds, told
+    return list(ours.kernels) == ["scale"], min(seconds, 1.0), told
+
+
+def check(rng):
+    """`exercises.check` with answers of a wrong kind, which are told so."""
+    name = rng.choice(lab.exercises.names)
+    if rng.random() < 0.2:
+        name = rng.choice(["", "coalesced", "coalesced.99", *ODD])
+    # An empty dict is the starting text, which is run.
+    odd = [each for each in ODD if not isinstance(each, dict)]
+    answer = rng.choice([{"no such text": ""}, {1: 2}, {"": "x"}, (1, 2), (), (None,), *odd])
+    keywords = {}
+    if rng.random() < 0.2:
+        keywords["backend"] = rng.choice(["simulator", "auto", "gpu", "", *ODD])
+    ours, seconds = outcome_of(lab.exercises.check, name, answer, **keywords)
+    told = f"{name!r:.99}, {told_of(answer)}, {keywords}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, ERRORS), seconds, told
+    return not ours.passed and len(str(ours)) > 10, seconds, told
+
+
 def compared(rng, function, as_tensor):
     tensors, arguments = drawn_call(rng)
     ours, seconds = outcome_of(function, *tensors, **arguments)
     told = f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}"
     if isinstance(ours, Exception):
-        return isinstance(ours, TypeError | ValueError | RuntimeError | MemoryError), seconds, told
+        return isinstance(ours, ERRORS), seconds, told
     doubles = [None if t is None else torch.as_tensor(t).detach().double() for t in tensors]
     theirs, _ = outcome_of(F.conv_transpose2d, *doubles, **arguments)
     if isinstance(theirs, Exception):
@@ -272,7 +422,14 @@ def launch(rng):
     return True, seconds, told
 
 
-FUNCTIONS = {f.__name__: f for f in (operator, problem, reference, stage, launch)}
+FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        *(operator, layer, replace, explain),
+        *(problem, random_inputs, reference, gather),
+        *(stage, profile, compile, launch, check),
+    )
+}
 
 
 def main(name, count, seed):
