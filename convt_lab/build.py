@@ -275,7 +275,8 @@ def _note_use(library: Path) -> None:
     """Set the seal's time, by which the cache is pruned."""
     seal = library.parent / _SEAL
     with contextlib.suppress(OSError):  # a cache that is only read is never pruned
-        if time.time() - seal.stat().st_mtime > _HOUR:
+        # Or before it, if the clock was set back since.
+        if abs(time.time() - seal.stat().st_mtime) > _HOUR:
             os.utime(seal)
 
 

@@ -104,15 +104,16 @@ def _build_and_die(log: str) -> None:
     cached_library("name", ["key"], lambda library: (library.write_text("half"), os._exit(9)))
 
 
-def test_processes_that_want_the_same_library_build_it_once(tmp_path):
+@pytest.mark.parametrize("count", [2, 8])
+def test_processes_that_want_the_same_library_build_it_once(tmp_path, count):
     log = tmp_path / "log"
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_build_slowly, args=(str(log),)) for _ in range(3)]
+    workers = [context.Process(target=_build_slowly, args=(str(log),)) for _ in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [worker.exitcode for worker in workers] == [0] * count
     assert log.read_text().split() == ["begin", "end"]
 
 

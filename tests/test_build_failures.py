@@ -829,6 +829,20 @@ class TestPruning:
         assert prune() == 0
         assert folder.name in builds_left()
 
+    def test_a_clock_that_was_set_back(self):
+        """What was built later than now is whole, is used, and then counts as any other."""
+        folder = self.made("name", -400)
+        for path in folder.iterdir():
+            os.utime(path, (time.time() + 400 * 86400,) * 2)
+        (cache_folder() / "name-1.x.draft").mkdir()
+        os.utime(cache_folder() / "name-1.x.draft", (time.time() + 400 * 86400,) * 2)
+        assert prune() == 0
+        library = cached_library("name", ["key"], lambda path: pytest.fail("it is built again"))
+        assert library.parent == folder
+        assert abs((folder / "sealed").stat().st_mtime - time.time()) < 60
+        self.made("new", 0)  # a build beside it
+        assert folder.name in builds_left()
+
     def test_above_the_limit_the_oldest_go_but_none_of_the_last_hour(self, monkeypatch):
         folders = [self.made(f"d{days}", days) for days in (3, 2, 1, 0)]
         monkeypatch.setattr(build_module, "CACHE_LIMIT", 2500)
