@@ -289,6 +289,36 @@ def rows_travel_while_the_interior_is_computed():
             restore()
 
 
+@case
+def the_strip_is_computed_by_the_kernel_of_the_ranks_own_rows():
+    """A few rows by themselves may be another kernel's, which rounds in another way."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    asked, used = [], []
+    original = distributed.kernel_between, distributed.conv_transpose2d_between
+
+    def ask(input, *_):
+        asked.append(input.shape[2])
+        return "the own rows' kernel"
+
+    def compute(*arguments):
+        *arguments, kernel = arguments
+        used.append(kernel)
+        return original[1](*arguments)
+
+    distributed.kernel_between, distributed.conv_transpose2d_between = ask, compute
+    try:
+        x, weight = torch.randn(2, 4, 6, 5), torch.randn(4, 3, 3, 3)
+        conv_transpose2d_rows(x, weight, heights=[6] * ranks)
+    finally:
+        distributed.kernel_between, distributed.conv_transpose2d_between = original
+    if rank < ranks - 1:
+        assert asked == [6]
+        assert used == ["the own rows' kernel", None]
+    else:
+        assert asked == []
+        assert used == [None]
+
+
 def error_of(kind, call, *arguments, **keywords):
     try:
         call(*arguments, **keywords)

@@ -16,6 +16,7 @@ import convt_lab as lab
 from convt_lab import dispatch, library
 from convt_lab import plan as plans
 from convt_lab.build import BuildError
+from convt_lab.operator import conv_transpose2d_between, kernel_between
 from convt_lab.overhead import call_overhead
 from convt_lab.reference import condition_error, float32_gate
 from convt_lab.stages import Kernel
@@ -505,6 +506,28 @@ class TestPlans:
         for tensors in ((x, weight.detach(), bias), leaves):
             assert torch.equal(lab.conv_transpose2d(*tensors, **PROBLEM.arguments), expected)
         assert simulated == [KERNEL, KERNEL]
+
+    @pytest.mark.parametrize(("above", "below"), [(0, 0), (2, 0), (4, 1), (0, 4), (3, 2)])
+    def test_some_rows_by_a_kernel_of_ours(self, simulated, above, below):
+        """Also where padding could not crop as many rows at both ends."""
+        problem = lab.Problem(2, 4, 6, 4, 9, kernel_size=(3, 7), bias=True)
+        x, weight, bias = problem.random_inputs(1)
+        arguments = tuple(problem.arguments.values())
+        whole = lab.stages[KERNEL](x, weight, bias, *arguments)
+        rows = conv_transpose2d_between(x, weight, bias, arguments, above, below)
+        assert torch.equal(rows, whole[:, :, above : 6 - below])
+        assert simulated == [KERNEL]
+        assert kernel_between(x, weight, bias, arguments, above, below) == KERNEL
+
+    def test_a_kernel_that_is_named_is_taken(self, simulated):
+        problem = lab.Problem(2, 4, 6, 4, 9, kernel_size=(3, 7), bias=True)
+        x, weight, bias = problem.random_inputs(1)
+        arguments = tuple(problem.arguments.values())
+        # The second is for another kind of problem.
+        for name, runs in (("coalesced", "coalesced"), ("one_channel", KERNEL), (None, KERNEL)):
+            rows = conv_transpose2d_between(x, weight, bias, arguments, 2, 1, name)
+            assert torch.allclose(rows, F.conv_transpose2d(x, weight, bias)[:, :, 2:5], atol=1e-5)
+            assert simulated.pop() == runs
 
     def test_a_choice_is_made_once(self, simulated, monkeypatch):
         made = []
