@@ -71,6 +71,8 @@ class Kernel:
         Whether it has launchers for input and output in ``torch.channels_last`` too.
     covers
         Says which legal problems it is for.
+    covers_last
+        The same for input and output in ``torch.channels_last``, if it is not the same.
     packs_weights
         Whether its launchers need memory for a copy of the weight in an order of their own, the
         size of which ``LAUNCHER_packed_bytes`` tells; it is written in each call.
@@ -93,6 +95,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     takes_channels_last: bool = False
     covers: Callable[[Problem], bool] = lambda problem: True
+    covers_last: Callable[[Problem], bool] | None = None
     packs_weights: bool = False
     min_capability: tuple[int, int] = (0, 0)
     architecture: str | None = None
@@ -109,7 +112,7 @@ class Kernel:
         return (
             dtype in self.dtypes
             and (self.takes_channels_last or not channels_last)
-            and self.covers(problem)
+            and (self.covers_last if channels_last and self.covers_last else self.covers)(problem)
         )
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
@@ -496,7 +499,7 @@ def _fits_tensor_core_narrow(problem: Problem) -> bool:
     return inputs <= 512 and problem.height * problem.width < 2**31
 
 
-def _fits_hopper(problem: Problem) -> bool:
+def _fits_hopper(problem: Problem, channels_last: bool = False) -> bool:
     """Say what ``covers`` of kernels/warpgroup_plan.cuh says."""
     counts, taps = [], []
     for axis in problem.axes:
@@ -506,7 +509,8 @@ def _fits_hopper(problem: Problem) -> bool:
         counts.append(max(1, (axis.out_size - 1) // period + 1))
         taps.append((axis.kernel - 1) // axis.k_step + 1)
     # Launches have as many images as can be counted in 32 bits: one must be.
-    inputs = (16 + 8 + 1) * problem.height * problem.width
+    planes = problem.in_channels if channels_last else 16 + 8 + 1
+    inputs = planes * problem.height * problem.width
     positions = 2 * (counts[0] + taps[0]) * (counts[1] + taps[1] + 2)
     return (
         min(problem.in_channels, problem.out_channels) // problem.groups >= 16
@@ -547,6 +551,7 @@ stages: Mapping[str, Stage] = MappingProxyType(
                 "Hopper's tensor cores, with float32 in two float16 parts.",
                 takes_channels_last=True,
                 covers=_fits_hopper,
+                covers_last=functools.partial(_fits_hopper, channels_last=True),
                 packs_weights=True,
                 min_capability=(9, 0),
                 architecture="9.0a",
@@ -591,6 +596,7 @@ _OTHERS = (
         dtypes=_STORED,
         takes_channels_last=True,
         covers=_fits_hopper,
+        covers_last=functools.partial(_fits_hopper, channels_last=True),
         packs_weights=True,
         min_capability=(9, 0),
         architecture="9.0a",

@@ -664,16 +664,20 @@ class TestImagesForSeveralLaunches:
         assert_float32_is_right("hopper", y, x, weight, bias, problem)
 
     @pytest.mark.parametrize(("kernel", "dtype"), OF_HOPPERS, ids=str)
-    def test_large_images(self, kernel, dtype):
-        """One of 2^32 values is as many as there can be, or more."""
-        for channels_last, (side, images) in itertools.product(
-            (False, True), [(3000, 5), (8192, 1), (9200, 1)]
-        ):
+    def test_images_of_many_values(self, kernel, dtype):
+        """One of 2^32 values is as many as there can be, or more; of 2^31 if channels come last."""
+        for channels_last, side, images in [
+            *((False, 3000, 5), (False, 8192, 1), (False, 9200, 1)),
+            *((True, 2000, 5), (True, 4000, 2), (True, 5690, 1)),
+        ]:
             problem = lab.Problem(5, 64, 64, side, side, kernel_size=(3, 7))
             launches = kernels[kernel].launches(problem, 227 * 1024, dtype, channels_last)
-            assert len(launches) == 5 // images * LAUNCHES[kernel, dtype]
-        too_large = dataclasses.replace(problem, height=9300, width=9300)
-        assert not kernels[kernel].covers(too_large)
+            assert len(launches) == math.ceil(5 / images) * LAUNCHES[kernel, dtype]
+            larger = dataclasses.replace(problem, height=9300, width=9300)
+            assert not kernels[kernel].supports(larger, dtype, channels_last)
+        assert not kernels[kernel].supports(
+            dataclasses.replace(problem, height=5800, width=5800), dtype, channels_last=True
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -746,9 +750,10 @@ def test_more_than_2_31_outputs(kernel, groups, channels_last):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", HOPPERS)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
-def test_images_of_2_32_values(kernel, channels_last):
+def test_large_images(kernel, channels_last):
     """Corners of the first and of the last image, whose inputs and outputs lie that far apart."""
-    problem = lab.Problem(2, 64, 64, 8192, 8192, kernel_size=(3, 7), padding=(1, 3))
+    channels = 16 if channels_last else 64  # two images have 2^31 values, or 2^33
+    problem = lab.Problem(2, channels, 64, 8192, 8192, kernel_size=(3, 7), padding=(1, 3))
     dtype = torch.float16 if torch.float16 in kernels[kernel].dtypes else torch.float32
     order = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(problem.input_shape, dtype=dtype, device="cuda", memory_format=order).zero_()

@@ -1,6 +1,8 @@
 // Lets a kernel have more shared memory than every kernel may.
 
-#pragma once
+// Not #pragma once: a file that has this inlined may include it, too.
+#ifndef CONVT_LAB_SHARED_MEMORY
+#define CONVT_LAB_SHARED_MEMORY
 
 #include <cuda_runtime.h>
 
@@ -34,3 +36,5 @@ cudaError_t allow_shared_bytes(void (*kernel)(P...), std::size_t bytes) {
 }
 
 }  // namespace
+
+#endif  // CONVT_LAB_SHARED_MEMORY

@@ -187,24 +187,19 @@ struct Stream {
 
   // Begins to load it. In place of inputs that do not exist others are read; channels that do not
   // are copies of the last that does, or octets of the last octet, and meet weights of zero.
-  __device__ __forceinline__ void load(Octets& unit, const int* places, const Plan& plan, int plane,
-                                       int pixel_step) const {
+  __device__ __forceinline__ void load(Octets& unit, const int* places, const Plan& plan,
+                                       int plane) const {
     const int channel_step = M::IS_LAST ? 1 : plane;
     const int place = places[position / Octets::SIZE];
     unit.exists = place >= 0;
     const int left = min(channels, plan.subchunks * CI);
     const int last = READING == Reading::VALUES ? (left - 1) / OCTET * OCTET : left - OCTET;
     const int first = min(channel, last);
-    if constexpr (M::IS_LAST) {
-      unit.load(planes + static_cast<int64_t>(max(place, 0)) * pixel_step, first, 1, left - first);
-    } else {
-      unit.load(planes, max(place, 0) + first * channel_step, channel_step, left - first);
-    }
+    unit.load(planes, max(place, 0) + first * channel_step, channel_step, left - first);
   }
 };
 
-// Notes where a tile's units lie in its images, or -1 for zeros: in values, or in pixels if
-// channels come last.
+// Notes where a tile's units lie in its images, or -1 for zeros.
 template <class M, int SIZE>
 __device__ __forceinline__ void find_places(int* places, const Task& task, int first_n, int thread,
                                             const ConvTransposeProblem& p, const Plan& plan,
@@ -221,7 +216,8 @@ __device__ __forceinline__ void find_places(int* places, const Task& task, int f
     const int pixel = (h * rows.i_step + task.along_h.residue) * p.width + w * columns.i_step +
                       task.along_w.residue;
     const int n = at.n - first_n;
-    const int place = n * (M::IS_LAST ? 1 : p.in_channels) * plane + pixel;
+    const int place =
+        M::IS_LAST ? (n * plane + pixel) * p.in_channels : n * p.in_channels * plane + pixel;
     places[i] = exists ? place : -1;
     at.move(plan.step_rows, plan.step_columns, plan);
   }
@@ -270,7 +266,7 @@ __device__ __forceinline__ void bring_inputs(const Shared<M>& shared,
     const auto load_first = [&] {
 #pragma unroll
       for (int k = 0; k < DEPTH; ++k) {
-        stream.load(units[k], shared.places, plan, plane, p.in_channels);
+        stream.load(units[k], shared.places, plan, plane);
         stream.go_on(plan);
       }
     };
@@ -298,7 +294,7 @@ __device__ __forceinline__ void bring_inputs(const Shared<M>& shared,
               units[k].get_octet(octet, j);
               visit(octet, place_of(first) + j, units[k].exists, first < count);
             }
-            stream.load(units[k], shared.places, plan, plane, p.in_channels);
+            stream.load(units[k], shared.places, plan, plane);
             stream.go_on(plan);
           }
         }
@@ -331,7 +327,7 @@ __device__ __forceinline__ void bring_inputs(const Shared<M>& shared,
 #pragma unroll 1
             for (int i = thread; i < count; i += CONVERTERS) {
               Octets unit;
-              same.load(unit, shared.places, plan, plane, p.in_channels);
+              same.load(unit, shared.places, plan, plane);
               same.go_on(plan);
 #pragma unroll
               for (int j = 0; j < SIZE; ++j) {
@@ -425,8 +421,7 @@ __device__ __forceinline__ void copy_inputs(const Shared<M>& shared,
       for (int position = thread / octets; position < plan.region; position += step) {
         const int place = shared.places[position];
         const bool exists = place >= 0 && has_channels;
-        const int64_t pixel = exists ? place : 0;
-        copy_or_clear(buffer + position * 16, planes + pixel * p.in_channels, exists);
+        copy_or_clear(buffer + position * 16, planes + (exists ? place : 0), exists);
       }
       commit_copies();
       wait_for_copies<1>();

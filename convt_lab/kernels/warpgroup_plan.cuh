@@ -309,11 +309,14 @@ struct Shared {
 
 inline int64_t most_outputs(const Axis& axis) { return (axis.out_size - 1) / period_of(axis) + 1; }
 
-// How far from a tile's first image a thread's inputs may lie, in values: a tile has parts of so
-// many images, a stage so many channels.
-inline double offsets_of(const ConvTransposeProblem& p, int64_t images, int channels) {
-  return (static_cast<double>(images - 1) * p.in_channels + channels + OCTET + 1) * p.height *
-         p.width;
+// How far from a tile's first image, or a stage's first channel of it, a thread's inputs may lie,
+// in values: a tile has parts of so many images, a stage so many channels.
+template <class M>
+double offsets_of(const ConvTransposeProblem& p, int64_t images, int channels) {
+  const double planes =
+      M::IS_LAST ? static_cast<double>(images) * p.in_channels
+                 : static_cast<double>(images - 1) * p.in_channels + channels + OCTET + 1;
+  return planes * p.height * p.width;
 }
 
 // Whether so many images are few enough for a launch: offsets in a tile's inputs, and positions on
@@ -324,7 +327,7 @@ bool fits_a_launch(const ConvTransposeProblem& p, const Axis& rows, const Axis& 
   const int64_t count_h = most_outputs(rows), count_w = most_outputs(columns);
   const int64_t narrow = count_h * min(count_w, static_cast<int64_t>(NARROW_STRIPE));
   const int64_t of_tile = min(static_cast<int64_t>(images), M::MAX_REGION / narrow + 3);
-  return offsets_of(p, of_tile, CI) < M::MAX_COUNT &&
+  return offsets_of<M>(p, of_tile, CI) < M::MAX_COUNT &&
          2.0 * images * (count_h + most_taps(rows)) * (count_w + most_taps(columns) + 2) <
              M::MAX_COUNT;
 }
@@ -431,7 +434,7 @@ bool cut(const ConvTransposeProblem& p, const Axis& rows, const Axis& columns, i
   // Stripes may be so narrow that a tile has parts of many images.
   const int64_t images = min(static_cast<int64_t>(p.batch),
                              plan.region / (static_cast<int64_t>(plan.rows) * plan.pitch) + 2);
-  const double offsets = offsets_of(p, images, plan.subchunks * CI);
+  const double offsets = offsets_of<M>(p, images, plan.subchunks * CI);
   const int least = max(2, plan.bundle > 1 ? plan.stages : 0);
   // Of weights that are brought to both warpgroups at once, neither gets far ahead.
   plan.buffers = plan.bundle > 1 ? MAX_BUFFERS : M::SHARES_WEIGHTS ? 2 : 4;
