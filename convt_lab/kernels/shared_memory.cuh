@@ -1,6 +1,6 @@
 // Lets a kernel have more shared memory than every kernel may.
 
-// Not #pragma once: a file that has this inlined may include it, too.
+// A guard that stays where this is inlined: such a file may include it, too.
 #ifndef CONVT_LAB_SHARED_MEMORY
 #define CONVT_LAB_SHARED_MEMORY
 
