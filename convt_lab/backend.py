@@ -18,7 +18,15 @@ import torch
 
 from convt_lab.errors import CompileError, KernelError
 
-__all__ = ["KERNEL_FOLDER", "SOURCE_NAME", "Array", "Backend", "compile_error", "kernel_headers"]
+__all__ = [
+    "KERNEL_FOLDER",
+    "SOURCE_NAME",
+    "Array",
+    "Backend",
+    "compile_error",
+    "error_string",
+    "kernel_headers",
+]
 
 #: The stages' .cu files, and the headers that they share.
 KERNEL_FOLDER = Path(__file__).parent / "kernels"
@@ -43,6 +51,12 @@ def compile_error(compiler: str, output: str) -> CompileError:
     return CompileError(
         f"{compiler} refused the kernel:\n{output}", int(match[1]) if match else None
     )
+
+
+def error_string(library: ctypes.CDLL, code: int) -> str:
+    """Return CUDA's words for an error code, as a library that was built here has them."""
+    library.convt_lab_error_string.restype = ctypes.c_char_p
+    return library.convt_lab_error_string(code).decode()
 
 
 @dataclass(frozen=True)

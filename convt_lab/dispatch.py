@@ -28,7 +28,7 @@ from convt_lab.measurements import Measurement, Table
 from convt_lab.operator_record import PYTORCH
 from convt_lab.problem import Problem
 from convt_lab.records import RecordError
-from convt_lab.stages import Kernel, kernels
+from convt_lab.stages import Kernel, check_tensors, kernels
 
 __all__ = [
     "SLOW",
@@ -675,9 +675,7 @@ def explain(
     >>> print(explain(torch.ones(1, 2, 5, 5), torch.ones(2, 3, 4, 4)))
     PyTorch's own: the tensors are on cpu, and our kernels run on CUDA GPUs
     """
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == "bias"):
-            raise TypeError(f"{name}={tensor!r:.99} must be a tensor, not {type(tensor).__name__}")
+    check_tensors(input, weight, bias)
     shape = (1, *input.shape) if input.dim() == 3 else input.shape
     problem = Problem.from_shapes(
         tuple(shape),

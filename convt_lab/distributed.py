@@ -59,16 +59,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from convt_lab.library import cast_for_autocast, convolution_backward
 from convt_lab.operator import conv_transpose2d, conv_transpose2d_between, kernel_between
-from convt_lab.plan import spelling_of
+from convt_lab.plan import MAX_PLANS, spelling_of
 from convt_lab.problem import Problem, ProblemError
-from convt_lab.stages import is_channels_last
+from convt_lab.stages import check_tensors, is_channels_last
 
 __all__ = ["ExchangeError", "RowPlan", "conv_transpose2d_dtensor", "conv_transpose2d_rows"]
 
 Tensor = torch.Tensor
-
-#: How many kinds of calls are remembered, as in `convt_lab.plan`.
-_MOST_PARTS = 1024
 
 
 class ExchangeError(RuntimeError):
@@ -283,7 +280,6 @@ class _Part:
     crops rows nor extends them.
     """
 
-    plan: RowPlan
     own: _Piece
     sends: tuple[tuple[int, _Piece], ...]
     receives: tuple[tuple[int, range], ...]
@@ -291,7 +287,7 @@ class _Part:
     output_shape: tuple[int, int, int, int]
 
     @classmethod
-    @functools.lru_cache(maxsize=_MOST_PARTS)
+    @functools.lru_cache(maxsize=MAX_PLANS)
     def of(cls, plan: RowPlan, rank: int) -> _Part:
         problem = plan.problem
         others = [r for r in range(len(plan.input_rows)) if r != rank and problem.batch > 0]
@@ -301,7 +297,6 @@ class _Part:
         for name in ("padding", "output_padding"):
             arguments[name] = (0, arguments[name][1])
         return cls(
-            plan,
             _Piece.of(plan, rank, plan.output_rows[rank]),
             tuple((other, _Piece.of(plan, rank, rows)) for other, rows in sent if rows),
             tuple((other, rows) for other, rows in received if rows),
@@ -522,7 +517,12 @@ def conv_transpose2d_rows(
     GPU's multiprocessors until it ends. If it starts before NCCL's, nothing travels meanwhile.
     """
     timeout = _checked_timeout(timeout)
-    _check_tensors(input, weight, bias)
+    check_tensors(input, weight, bias)
+    if input.dim() != 4:
+        raise ProblemError(
+            f"input has shape {list(input.shape)}: it must have four axes, "
+            "[N, C_in, this rank's rows, W]"
+        )
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise ValueError(
@@ -559,7 +559,7 @@ def _part_of_heights(rank: int, heights: list[int], shapes: tuple, arguments: tu
         whole = (batch, channels, sum(heights), width)
         problem = Problem.from_shapes(whole, weight, bias, *arguments)
         part = _Part.of(RowPlan.for_heights(problem, heights), rank)
-        if len(_parts) >= _MOST_PARTS:
+        if len(_parts) >= MAX_PLANS:
             _parts.clear()
         _parts[key] = part
     return part
@@ -580,17 +580,6 @@ def _problem(
     return Problem.from_shapes(
         shape, weight.shape, None if bias is None else bias.shape, *arguments
     )
-
-
-def _check_tensors(input: object, weight: object, bias: object) -> None:
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not (isinstance(tensor, Tensor) or (tensor is None and name == "bias")):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__} {tensor!r}")
-    if input.dim() != 4:
-        raise ProblemError(
-            f"input has shape {list(input.shape)}: it must have four axes, "
-            "[N, C_in, this rank's rows, W]"
-        )
 
 
 def _checked_timeout(timeout: object) -> datetime.timedelta | None:

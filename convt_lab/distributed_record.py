@@ -265,8 +265,8 @@ def _exchange(node: Node) -> Exchange:
     if (found.sent is None) != (found.hidden is None):
         raise node.wrong("sent_us and hidden_us that are both null, or neither")
     # They are rounded themselves.
-    if found.sent is not None and not found.hidden <= 1.0001 * found.sent:
-        raise node.wrong("hidden_us at most sent_us")
+    if found.sent is not None and not found.hidden <= 1.0001 * found.sent <= 1.0002 * found.call:
+        raise node.wrong("hidden_us at most sent_us, and that at most call_us")
     return found
 
 

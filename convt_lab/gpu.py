@@ -33,6 +33,7 @@ from convt_lab.backend import (
     Array,
     Backend,
     compile_error,
+    error_string,
     kernel_headers,
 )
 from convt_lab.build import (
@@ -291,8 +292,7 @@ class GPU(Backend):
 
     def error(self, library: ctypes.CDLL, code: int, kernel: str) -> KernelError:
         """Describe a CUDA error code."""
-        library.convt_lab_error_string.restype = ctypes.c_char_p
-        text = library.convt_lab_error_string(code).decode()
+        text = error_string(library, code)
         if code == _NO_KERNEL_IMAGE:
             major, minor = torch.cuda.get_device_capability()
             text += f": built for {architectures()}, this GPU is {major}.{minor}; correct or unset "

@@ -20,7 +20,7 @@ from convt_lab.library import (
     has_dtensor,
     torch_operator,
 )
-from convt_lab.plan import DTYPES, has_kernels, plan_for
+from convt_lab.plan import DTYPES, Plan, has_kernels, plan_for
 from convt_lab.problem import Problem, ProblemError
 from convt_lab.stages import is_channels_last
 
@@ -158,10 +158,8 @@ def conv_transpose2d_between(
     kernel
         One of `convt_lab.stages.kernels` to compute it, if it can; None for whichever suits it.
     """
-    if _may_be_ours(input, weight, bias) and torch._C._len_torch_dispatch_stack() == 0:
-        plan = plan_for(input, weight, bias, *arguments, crop=(above, below), kernel=kernel)
-        if not plan.is_pytorchs:
-            return plan(input, weight, bias)
+    if plan := _plan_between(input, weight, bias, arguments, (above, below), kernel):
+        return plan(input, weight, bias)
     output = conv_transpose2d(input, weight, bias, *arguments)
     if not above and not below:
         return output
@@ -178,10 +176,15 @@ def kernel_between(
     below: int,
 ) -> str | None:
     """Return which kernel of ours `conv_transpose2d_between` would choose; None for PyTorch's."""
+    plan = _plan_between(input, weight, bias, arguments, (above, below))
+    return plan and plan.kernel
+
+
+def _plan_between(input, weight, bias, arguments, crop, kernel=None) -> Plan | None:
     if not _may_be_ours(input, weight, bias) or torch._C._len_torch_dispatch_stack() > 0:
         return None
-    plan = plan_for(input, weight, bias, *arguments, crop=(above, below))
-    return None if plan.is_pytorchs else plan.kernel
+    plan = plan_for(input, weight, bias, *arguments, crop=crop, kernel=kernel)
+    return None if plan.is_pytorchs else plan
 
 
 def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

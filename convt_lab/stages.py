@@ -29,7 +29,16 @@ from convt_lab.program import compile as compile_source
 from convt_lab.simulator.planning import Launch
 from convt_lab.simulator.report import Report
 
-__all__ = ["Call", "Kernel", "Stage", "fma_stages", "kernels", "stages"]
+__all__ = [
+    "Call",
+    "Kernel",
+    "Stage",
+    "check_tensors",
+    "fma_stages",
+    "is_channels_last",
+    "kernels",
+    "stages",
+]
 
 Tensor = torch.Tensor | np.ndarray
 
@@ -420,6 +429,13 @@ class Call:
             *packed,
             _ConvTransposeProblem.of(problem),
         )
+
+
+def check_tensors(input: object, weight: object, bias: object) -> None:
+    """Raise a TypeError for what is no tensor; a bias may be None."""
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not (isinstance(tensor, torch.Tensor) or (tensor is None and name == "bias")):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__} {tensor!r:.99}")
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

@@ -61,7 +61,7 @@ def test_what_is_read_is_what_was_written():
         (changed(4, bytes_sent=[1]), "must be a list of 2, one for each rank"),
         (
             changed(4, exchange=[{"sent_us": 1, "hidden_us": 2, "call_us": 3}] * 2),
-            "must be hidden_us at most sent_us",
+            "must be hidden_us at most sent_us, and that at most call_us",
         ),
         (
             changed(4, exchange=[{"sent_us": 1, "hidden_us": None, "call_us": 3}] * 2),

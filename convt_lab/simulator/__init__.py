@@ -19,7 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from convt_lab.backend import SOURCE_NAME, Array, Backend, compile_error, kernel_headers
+from convt_lab.backend import (
+    SOURCE_NAME,
+    Array,
+    Backend,
+    compile_error,
+    error_string,
+    kernel_headers,
+)
 from convt_lab.build import (
     BuildError,
     cached_library,
@@ -285,9 +292,9 @@ class Simulator(Backend):
         failure = _runtime().cudasim_failure().contents
         text = failure.text.decode()
         if failure.kind == _Failure.NONE:  # no launch failed: the launcher itself gave up
-            library.convt_lab_error_string.restype = ctypes.c_char_p
-            reason = library.convt_lab_error_string(code).decode()
-            return KernelError(f"{kernel} failed: {reason} (CUDA error {code})")
+            return KernelError(
+                f"{kernel} failed: {error_string(library, code)} (CUDA error {code})"
+            )
         if failure.kind == _Failure.BAD_CONFIGURATION:
             return KernelError(f"{kernel} was not launched: {text}")
         where = f"block {failure.block}, thread {failure.thread}"
