@@ -68,8 +68,9 @@ BUILD_TIMEOUT = 600.0
 #: Seconds to wait for another process that builds the same library: longer than a build may take.
 LOCK_TIMEOUT = 900.0
 
-#: Seconds of waiting after which it is said what is waited for.
-PATIENCE = 5.0
+#: Seconds of waiting after which it is said what is waited for: as long as a large kernel takes to
+#: build, so that two notebooks that want the same one print what each prints alone.
+PATIENCE = 60.0
 
 #: A library that was not used for so many days is deleted by some later build.
 KEPT_DAYS = 30
