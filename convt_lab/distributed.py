@@ -46,7 +46,7 @@ from __future__ import annotations
 import datetime
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from convt_lab.library import cast_for_autocast, convolution_backward
 from convt_lab.operator import conv_transpose2d, conv_transpose2d_between, kernel_between
 from convt_lab.plan import MAX_PLANS, spelling_of
-from convt_lab.problem import Problem, ProblemError
+from convt_lab.problem import Problem, ProblemError, checked_integer, checked_problem
 from convt_lab.stages import check_tensors, is_channels_last
 
 __all__ = ["ExchangeError", "RowPlan", "conv_transpose2d_dtensor", "conv_transpose2d_rows"]
@@ -108,13 +108,24 @@ class RowPlan:
         problem : Problem
             The whole image's.
         heights : sequence of int
-            How many rows of the input each rank has, at least 0.
+            How many rows of the input each rank has, at least 0; in all those of `problem`.
 
         Returns
         -------
         RowPlan
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `problem` or `heights` is wrong.
         """
-        rows = problem.axes[0]
+        rows = checked_problem(problem).axes[0]
+        heights = _checked_heights(heights)
+        if sum(heights) != problem.height:
+            raise ValueError(
+                f"heights={heights!r} are {sum(heights)} rows: they must be the problem's "
+                f"{problem.height}"
+            )
         input_rows = _consecutive(heights)
         starts = [
             rows.out_size
@@ -134,15 +145,20 @@ class RowPlan:
         problem : Problem
             The whole image's.
         ranks : int
-            Number of ranks.
+            Number of ranks, at least 1.
 
         Returns
         -------
         RowPlan
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `problem` or `ranks` is wrong.
         """
-        return cls(
-            problem, _chunks(problem.height, ranks), _chunks(problem.axes[0].out_size, ranks)
-        )
+        rows = checked_problem(problem).axes[0]
+        ranks = checked_integer("ranks", ranks, 1)
+        return cls(problem, _chunks(rows.size, ranks), _chunks(rows.out_size, ranks))
 
     def added_to(self, rank: int) -> range:
         """Return the rows of the output that the input rows of `rank` add to."""
@@ -160,11 +176,19 @@ class RowPlan:
     def bytes_sent(self, rank: int, element_size: int = 4, backward: bool = False) -> int:
         """Return how many bytes `rank` sends in a forward pass, or in a backward pass."""
         batch, channels, _, width = self.problem.output_shape
-        others = [other for other in range(len(self.input_rows)) if other != rank]
+        ranks = range(len(self.input_rows))
+        rank = ranks[rank]  # -1 is the last, as for all that is indexed here
+        others = [other for other in ranks if other != rank]
         rows = sum(
             len(self.sent(other, rank) if backward else self.sent(rank, other)) for other in others
         )
         return batch * channels * rows * width * element_size
+
+
+def _checked_heights(heights: Sequence[int]) -> list[int]:
+    if not isinstance(heights, Iterable):
+        raise TypeError(f"heights={heights!r} must be a sequence of integers, one for each rank")
+    return [checked_integer(f"heights[{i}]", height, 0) for i, height in enumerate(heights)]
 
 
 def _consecutive(lengths: Sequence[int]) -> tuple[range, ...]:
@@ -541,7 +565,7 @@ def conv_transpose2d_rows(
         local = _problem(*tensors, enough, arguments)
         heights = _gathered_heights(tensors, local, group, timeout)
     else:
-        heights = _checked_heights(heights, input.shape[2], rank, ranks)
+        heights = _heights_of_ranks(heights, input.shape[2], rank, ranks)
     shapes = input.shape, weight.shape, None if bias is None else bias.shape
     part = _part_of_heights(rank, heights, shapes, arguments)
     return _RowsFunction.apply(*tensors, part, group, timeout)
@@ -592,10 +616,8 @@ def _checked_timeout(timeout: object) -> datetime.timedelta | None:
     return datetime.timedelta(seconds=timeout)
 
 
-def _checked_heights(heights: Sequence[int], height: int, rank: int, ranks: int) -> list[int]:
-    heights = list(heights)
-    if not all(isinstance(h, int) and not isinstance(h, bool) and h >= 0 for h in heights):
-        raise ValueError(f"heights={heights!r} must be integers of at least 0, one for each rank")
+def _heights_of_ranks(heights: Sequence[int], height: int, rank: int, ranks: int) -> list[int]:
+    heights = _checked_heights(heights)
     if len(heights) != ranks:
         raise ValueError(
             f"heights={heights!r} has {len(heights)} values: there must be {ranks}, one for each "

@@ -21,7 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Axis", "Problem", "ProblemError"]
+__all__ = ["Axis", "Problem", "ProblemError", "checked_integer", "checked_problem"]
 
 MAX_EXTENT = 2**31 - 2**16
 """The largest extent of one axis: kernels count along an axis with 32 bits, and their last tile may
@@ -188,7 +188,7 @@ class Problem:
     def __post_init__(self) -> None:
         """Normalise the arguments, then check each by itself and then those that must agree."""
         for name, lowest in _LOWEST_INTEGER.items():
-            self._set(name, _integer(name, getattr(self, name), lowest))
+            self._set(name, checked_integer(name, getattr(self, name), lowest))
         for name, lowest in _LOWEST_PAIR.items():
             self._set(name, _pair(name, getattr(self, name), lowest))
         if not isinstance(self.bias, bool | np.bool_):
@@ -451,7 +451,7 @@ class Problem:
         """
         input_shape = _shape("input", input_shape, ("N", "C_in", "H", "W"), (0, 1, 1, 1))
         weight_shape = _shape("weight", weight_shape, ("C_in", "C_out/groups", "KH", "KW"))
-        groups = _integer("groups", groups, _LOWEST_INTEGER["groups"])
+        groups = checked_integer("groups", groups, _LOWEST_INTEGER["groups"])
         batch, in_channels, height, width = input_shape
         if weight_shape[0] != in_channels:
             raise ProblemError(
@@ -535,8 +535,23 @@ _LOWEST_PAIR = {
 }
 
 
-def _integer(name: str, value: object, lowest: int) -> int:
-    """Check one integer argument: its type, then ``lowest <= value <= MAX_EXTENT``."""
+def checked_problem(problem: object) -> Problem:
+    """Return `problem` if it is one; raises TypeError if it is not."""
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem={problem!r} must be a Problem, not {type(problem).__name__}")
+    return problem
+
+
+def checked_integer(name: str, value: object, lowest: int) -> int:
+    """Check one integer argument: its type, then ``lowest <= value <= MAX_EXTENT``.
+
+    Raises
+    ------
+    TypeError
+        If `value` is no integer.
+    ProblemError
+        If it is out of this range.
+    """
     number = _index(value)
     if number is None:
         raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")

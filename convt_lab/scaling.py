@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from convt_lab.distributed import RowPlan
 from convt_lab.operator_record import OperatorRecord
-from convt_lab.problem import Problem
+from convt_lab.problem import Problem, checked_integer
 
 __all__ = [
     "LINKS",
@@ -91,7 +91,7 @@ def bytes_sent(
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: must be one of {', '.join(map(repr, SPLITS))}")
-    _check_ranks(ranks)
+    ranks = checked_integer("ranks", ranks, 1)
 
     def summed(*shapes: Sequence[int] | None) -> float:
         elements = sum(math.prod(shape) for shape in shapes if shape is not None)
@@ -127,13 +127,8 @@ def flops_of_a_rank(problem: Problem, ranks: int) -> tuple[float, float]:
     -------
     tuple of float
     """
-    _check_ranks(ranks)
+    ranks = checked_integer("ranks", ranks, 1)
     return problem.flops / ranks, 2 * problem.flops / ranks
-
-
-def _check_ranks(ranks: int) -> None:
-    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
-        raise ValueError(f"ranks={ranks!r} must be an integer of at least 1")
 
 
 def _rows_sent(problem: Problem, ranks: int) -> tuple[list[int], list[int]]:
@@ -268,7 +263,7 @@ def predict(problem: Problem, ranks: int, machine: Machine) -> Prediction:
     -------
     Prediction
     """
-    _check_ranks(ranks)
+    ranks = checked_integer("ranks", ranks, 1)
     row = problem.flops / problem.height / machine.flops_per_second
     interior = math.ceil(problem.height / ranks) * row
     strip = exchange = 0.0

@@ -23,7 +23,7 @@ import torch
 
 from convt_lab.backend import KERNEL_FOLDER, Array
 from convt_lab.gpu import check_fork, has_own_instructions
-from convt_lab.problem import Axis, Problem
+from convt_lab.problem import Axis, Problem, checked_integer, checked_problem
 from convt_lab.program import BackendName, Program
 from convt_lab.program import compile as compile_source
 from convt_lab.simulator.planning import Launch
@@ -118,6 +118,7 @@ class Kernel:
         channels_last: bool = False,
     ) -> bool:
         """Return whether it computes `problem` in `dtype`, in that memory format."""
+        checked_problem(problem)
         return (
             dtype in self.dtypes
             and (self.takes_channels_last or not channels_last)
@@ -215,6 +216,8 @@ class Kernel:
         It asks the compiled launcher on the simulator, which decides as on a GPU whose
         blocks may have `max_shared_bytes` of shared memory (sm_90's if None).
         """
+        if max_shared_bytes is not None:
+            max_shared_bytes = checked_integer("max_shared_bytes", max_shared_bytes, 1)
         kernel = self.kernel_for(problem, dtype, channels_last)
         channels_last &= kernel.takes_channels_last
         # Input, weight, bias, output, packed weight: a launcher only hands them on.

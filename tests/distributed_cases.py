@@ -337,7 +337,7 @@ def wrong_arguments():
     told = error_of(ValueError, call, x, weight, heights=[4] * ranks)
     assert f"says that rank {rank} has 4 rows, but its input has 3" in told, told
     told = error_of(ValueError, call, x, weight, heights=[-1] * ranks)
-    assert "must be integers of at least 0" in told, told
+    assert "heights[0]=-1: it must be at least 0" in told, told
     told = error_of(TypeError, call, x, weight, timeout="long")
     assert "timeout='long' must be a number of seconds" in told, told
     told = error_of(ValueError, call, x, weight, timeout=0)

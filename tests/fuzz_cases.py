@@ -1,29 +1,38 @@
 """What `test_fuzz` runs in processes of their own: calls with arguments that nobody would choose.
 
-``python fuzz_cases.py NAME COUNT SEED`` draws COUNT calls of one public function. Each must return
-what is right or raise what PyTorch raises, or an error of the package. What does not is printed,
-and ends in exit status 1. A crash or a hang is for the parent to see.
+``python fuzz_cases.py NAME COUNT SEED [DEVICE]`` draws COUNT calls of one public function, whose
+tensors are on DEVICE (``cpu``), or a few of them elsewhere. Each must return what is right or raise
+what PyTorch raises, or an error of the package. What does not is printed, and ends in exit status
+1. A crash or a hang is for the parent to see.
 """
 
+import functools
 import math
 import random
 import resource
 import sys
+import tempfile
 import time
 import warnings
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import convt_lab as lab
+from convt_lab.distributed import RowPlan, conv_transpose2d_rows
 from convt_lab.reference import scatter
+from convt_lab.stages import kernels
 
 #: Seconds that one call may take.
 PATIENCE = 5.0
 
 #: Bytes of address space beyond what is in use once all is imported: enough for each legal call.
 ROOM = 4 * 2**30
+
+#: Where tensors are, but for a few.
+device = "cpu"
 
 #: What is large is so large that no output of it can be: of those that just can, PyTorch's own
 #: function may crash where memory ends.
@@ -76,7 +85,7 @@ def changed(tensor, rng):
     if kind < 0.78 and tensor.dim() > 0:
         return tensor.to_sparse()
     if kind < 0.81:
-        return tensor.to("meta")
+        return tensor.to(rng.choice(["meta", "cpu"]) if device == "cuda" else "meta")
     if kind < 0.85 and tensor.dim() > 0:
         return tensor[:1].expand(tensor.shape)  # overlapping memory
     if kind < 0.88 and tensor.dim() > 1:
@@ -85,7 +94,8 @@ def changed(tensor, rng):
         return tensor.clone().requires_grad_()
     if kind < 0.94 and tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
-    return rng.choice([tensor.numpy(), tensor.tolist(), None, 3, "x", tensor.new_tensor(math.nan)])
+    odd = [tensor.cpu().numpy(), tensor.tolist(), None, 3, "x", tensor.new_tensor(math.nan)]
+    return rng.choice(odd)
 
 
 def drawn_tensors(rng, rank=4):
@@ -101,7 +111,7 @@ def drawn_tensors(rng, rank=4):
     bias_shape = [channels] if rng.random() < 0.85 else sizes(rng, 1)
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     x, weight, bias = (
-        torch.randn(s, generator=generator) for s in (shape, weight_shape, bias_shape)
+        torch.randn(s, generator=generator).to(device) for s in (shape, weight_shape, bias_shape)
     )
     return x, weight, None if rng.random() < 0.5 else bias, groups
 
@@ -148,7 +158,7 @@ def same(a, b):
 
 
 def operator(rng):
-    """`conv_transpose2d` as PyTorch's, on the CPU."""
+    """`conv_transpose2d` as PyTorch's."""
     tensors, arguments = drawn_call(rng)
     ours, seconds = outcome_of(lab.conv_transpose2d, *tensors, **arguments)
     theirs, _ = outcome_of(F.conv_transpose2d, *tensors, **arguments)
@@ -168,8 +178,26 @@ def operator(rng):
     return (
         fine,
         seconds,
-        (f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}, PyTorch: {told_of(theirs)}"),
+        f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}, PyTorch: {told_of(theirs)}",
     )
+
+
+def rows(rng):
+    """`conv_transpose2d_rows` of one rank, as PyTorch's of float64, on what it takes."""
+    if not dist.is_initialized():
+        file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+    keywords = {}
+    if rng.random() < 0.3:
+        keywords["heights"] = rng.choice([[3], [4], (5,), [-1], [1.5], [1, 2], *ODD])
+    if rng.random() < 0.2:
+        keywords["timeout"] = rng.choice([5, 2.5, 0, -1, math.nan, *ODD])
+    if rng.random() < 0.05:
+        keywords["group"] = rng.choice([dist.group.WORLD, *ODD])
+    fine, seconds, told = compared(
+        rng, functools.partial(conv_transpose2d_rows, **keywords), lambda result: result
+    )
+    return fine, seconds, f"{keywords}: {told}"
 
 
 def problem(rng):
@@ -217,6 +245,95 @@ def gather(rng):
     return compared(rng, lab.reference.gather, lambda result: torch.from_numpy(np.asarray(result)))
 
 
+def rung(rng):
+    """`Stage.kernel_for`, `variant` and `launches`: an answer for each problem, or an error."""
+    stage = lab.stages[rng.choice(["naive_gather", "register_blocked", "tensor_core"])]
+    arguments = [rng.choice([lab.Problem(stride=rng.randint(1, 3)), lab.Problem.named("star")])]
+    if rng.random() < 0.2:
+        arguments = [rng.choice(ODD)]
+    keywords = {}
+    ask = rng.choice(["kernel_for", "variant", "launches"])
+    if ask != "variant":
+        if rng.random() < 0.3:
+            keywords["dtype"] = rng.choice([torch.float32, torch.float16, torch.int32, *ODD])
+        if rng.random() < 0.2:
+            keywords["channels_last"] = rng.choice([True, False, *ODD])
+    if ask == "launches" and rng.random() < 0.3:
+        keywords["max_shared_bytes"] = rng.choice([0, 1, 49152, 232448, *INTEGERS, *ODD])
+    if ask == "kernel_for" and rng.random() < 0.3:
+        keywords["capability"] = rng.choice([(9, 0), (7, 5), (1, 0), *ODD])
+    ours, seconds = outcome_of(getattr(stage, ask), *arguments, **keywords)
+    told = f"{stage.name}.{ask} {arguments} {keywords}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, ERRORS), seconds, told
+    kind = {"kernel_for": lab.Stage, "variant": str, "launches": tuple}[ask]
+    return isinstance(ours, kind), seconds, told
+
+
+def row_plan(rng):
+    """`RowPlan`: rows that make up input and output, or an error."""
+    planned = lab.Problem(height=rng.randint(1, 9), kernel_size=rng.randint(1, 4))
+    problem = planned if rng.random() < 0.9 else rng.choice(ODD)
+    if rng.random() < 0.5:
+        first = rng.randint(0, planned.height)
+        heights = [first, planned.height - first]
+        if rng.random() < 0.3:
+            heights = rng.choice([[-1, planned.height + 1], [2, 2, 2], [1.5], [[1]], *ODD])
+        make, given = RowPlan.for_heights, heights
+    else:
+        make, given = RowPlan.for_chunks, rng.choice([1, 2, 3, 7, 1000, *INTEGERS, *ODD])
+        if isinstance(given, int) and given > 10**6:
+            given = -given  # a plan for so many is legal, and long
+    ours, seconds = outcome_of(make, problem, given)
+    told = f"{problem}, {make.__name__} {given!r}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, ERRORS), seconds, told
+    owned = [row for rows in ours.output_rows for row in rows]
+    had = [row for rows in ours.input_rows for row in rows]
+    fine = owned == list(range(planned.out_height)) and had == list(range(planned.height))
+    rank, other = (rng.choice([0, 0, 1, *INTEGERS, *ODD]) for _ in range(2))
+    for ask in (ours.added_to, ours.bytes_sent, lambda r: ours.sent(r, other)):
+        answer, _ = outcome_of(ask, rank)
+        if isinstance(answer, Exception):
+            fine = fine and isinstance(answer, TypeError | IndexError)
+        else:
+            fine = fine and isinstance(answer, int | range)
+    return fine, seconds, told
+
+
+def from_torch(rng):
+    """`ConvTranspose2d.from_torch`: a layer that shares what it is made of, or an error."""
+    kinds = [
+        torch.nn.ConvTranspose2d(2, 3, 3),
+        lab.ConvTranspose2d(2, 3, 3, device="meta"),
+        torch.nn.LazyConvTranspose2d(3, 3),
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.ConvTranspose2d(2, 3, 3)),
+        torch.nn.Conv2d(2, 3, 3),
+        torch.nn.ConvTranspose2d,
+        *ODD,
+    ]
+    module = rng.choice([*kinds[:2] * 3, *kinds])
+    ours, seconds = outcome_of(lab.ConvTranspose2d.from_torch, module)
+    told = f"{told_of(module)}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, TypeError), seconds, told
+    return ours.weight is module.weight and ours is not module, seconds, told
+
+
+def texts(rng):
+    """`exercises.start`, `hint`, `hints` and `solution`: what a reader is shown, or an error."""
+    ask = rng.choice(["start", "hint", "hints", "solution"])
+    name = rng.choice(lab.exercises.names)
+    arguments = [name if rng.random() < 0.7 else rng.choice(["", "coalesced", *ODD])]
+    if ask == "hint" and rng.random() < 0.5:
+        arguments.append(rng.choice([1, 2, *INTEGERS, *ODD]))
+    ours, seconds = outcome_of(getattr(lab.exercises, ask), *arguments)
+    told = f"{ask} {arguments}: {told_of(ours)}"
+    if isinstance(ours, Exception):
+        return isinstance(ours, ERRORS), seconds, told
+    return arguments[0] == name and str(ours) != "", seconds, told
+
+
 def profile(rng):
     """`Stage.profile`: counts, or an error."""
     tensors, arguments = drawn_call(rng)
@@ -248,9 +365,11 @@ def layer(rng):
         keywords["padding_mode"] = rng.choice(["zeros", "reflect", "circular", *ODD])
     if rng.random() < 0.1:
         keywords["device"] = rng.choice(["cpu", "meta", "nowhere", *ODD])
+    elif device != "cpu":
+        keywords["device"] = device
     if rng.random() < 0.1:
         keywords["dtype"] = rng.choice([torch.float32, torch.float64, torch.int32, *ODD])
-    x = torch.randn(sizes(rng, rng.choice([3, 4, 4, 4])))
+    x = torch.randn(sizes(rng, rng.choice([3, 4, 4, 4])), device=device)
     if x.dim() > 2 and x.numel() > 0 and rng.random() < 0.8:
         x = x.narrow(-3, 0, 1).repeat_interleave(4, -3)  # as many channels as most layers take
     x = changed(x, rng)
@@ -271,8 +390,9 @@ def layer(rng):
         return isinstance(ours, kind), seconds, told
     if isinstance(ours, lab.ProblemError | TypeError):  # as for `operator`
         odd = any(isinstance(v, float | bool) for v in keywords.values())
-        has_no_data = "meta" in (x.device.type, str(keywords.get("device")))
-        return theirs.numel() == 0 or odd or has_no_data, seconds, told
+        kinds = x.device.type, str(keywords.get("device", "cpu"))
+        elsewhere = "meta" in kinds or kinds[0] != kinds[1]
+        return theirs.numel() == 0 or odd or elsewhere, seconds, told
     return isinstance(ours, torch.Tensor) and same(ours, theirs), seconds, told
 
 
@@ -299,13 +419,14 @@ def replace(rng):
 
 
 def explain(rng):
-    """`explain`: PyTorch's own for CPU tensors, or an error."""
+    """`explain`: a kernel, PyTorch's own for CPU tensors; or an error."""
     tensors, arguments = drawn_call(rng)
     ours, seconds = outcome_of(lab.explain, *tensors, **arguments)
     told = f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}"
     if isinstance(ours, Exception):
         return isinstance(ours, TypeError | ValueError | RuntimeError), seconds, told
-    return ours.kernel == "pytorch" and len(str(ours)) > 20, seconds, told
+    known = ours.kernel == "pytorch" or (device == "cuda" and ours.kernel in kernels)
+    return known and len(str(ours)) > 20, seconds, told
 
 
 def random_inputs(rng):
@@ -365,11 +486,11 @@ def compared(rng, function, as_tensor):
     told = f"{list(map(told_of, tensors))} {arguments}: {told_of(ours)}"
     if isinstance(ours, Exception):
         return isinstance(ours, ERRORS), seconds, told
-    doubles = [None if t is None else torch.as_tensor(t).detach().double() for t in tensors]
+    doubles = [None if t is None else torch.as_tensor(t).detach().cpu().double() for t in tensors]
     theirs, _ = outcome_of(F.conv_transpose2d, *doubles, **arguments)
     if isinstance(theirs, Exception):
         return as_tensor(ours).numel() == 0, seconds, f"{told}, PyTorch: {told_of(theirs)}"
-    actual = as_tensor(ours).double()
+    actual = as_tensor(ours).cpu().double()
     fine = actual.shape == theirs.shape and torch.allclose(
         actual, theirs, rtol=1e-4, atol=1e-4, equal_nan=True
     )
@@ -426,18 +547,24 @@ def launch(rng):
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        *(operator, layer, replace, explain),
+        *(operator, layer, replace, from_torch, explain, rows, row_plan),
         *(problem, random_inputs, reference, gather),
-        *(stage, profile, compile, launch, check),
+        *(stage, rung, profile, compile, launch, check, texts),
     )
 }
 
+#: Those of them that take tensors on a GPU.
+ON_GPU = ("operator", "layer", "explain", "stage", "profile")
 
-def main(name, count, seed):
+
+def main(name, count, seed, where="cpu"):
+    global device
+    device = where
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+    if device == "cpu":  # CUDA reserves addresses for all the GPU's memory
+        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
     wrong = 0
     returned = 0
     for number in range(count):
@@ -452,4 +579,4 @@ def main(name, count, seed):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])) > 0)
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]) > 0)

@@ -5,6 +5,7 @@ starts once and runs all of `distributed_cases`.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -219,6 +220,28 @@ class TestRowPlan:
             assert owned == list(range(problem.out_height))
             had = [row for rows in plan.input_rows for row in rows]
             assert had == list(range(problem.height))
+
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (lambda p: RowPlan.for_heights(p, [2, 2]), ValueError, "[2, 2] are 4 rows: they must"),
+            (lambda p: RowPlan.for_heights(p, [6, -1]), ValueError, "heights[1]=-1: it must be at"),
+            (lambda p: RowPlan.for_heights(p, [2.5] * 2), TypeError, "heights[0]=2.5 must be an"),
+            (lambda p: RowPlan.for_heights(p, 5), TypeError, "heights=5 must be a sequence"),
+            (lambda p: RowPlan.for_heights(None, [5]), TypeError, "problem=None must be a Problem"),
+            (lambda p: RowPlan.for_chunks(p, 0), ValueError, "ranks=0: it must be at least 1"),
+            (lambda p: RowPlan.for_chunks([5], 1), TypeError, "problem=[5] must be a Problem"),
+        ],
+    )
+    def test_wrong_arguments(self, make, error, message):
+        with pytest.raises(error, match=re.escape(message)):
+            make(lab.Problem(height=5))
+
+    def test_ranks_count_as_sequences_do(self):
+        plan = RowPlan.for_heights(lab.Problem(height=5, kernel_size=3), [2, 3])
+        assert plan.bytes_sent(-2) == plan.bytes_sent(0) > plan.bytes_sent(-1) == 0
+        with pytest.raises(IndexError):
+            plan.bytes_sent(2)
 
     def test_a_rank_without_rows_owns_none(self):
         problem = lab.Problem(batch=1, in_channels=1, out_channels=1, height=5, width=4)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuzz_cases import FUNCTIONS
+from fuzz_cases import FUNCTIONS, ON_GPU
 
 SCRIPT = str(Path(__file__).with_name("fuzz_cases.py"))
 
@@ -16,10 +16,16 @@ SCRIPT = str(Path(__file__).with_name("fuzz_cases.py"))
 COUNT = 10_000
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_nothing_is_wrong(name):
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        *((name, "cpu") for name in FUNCTIONS),
+        *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ON_GPU),
+    ],
+)
+def test_nothing_is_wrong(name, device):
     done = subprocess.run(
-        [sys.executable, SCRIPT, name, str(COUNT), "0"],
+        [sys.executable, SCRIPT, name, str(COUNT), "0", device],
         capture_output=True,
         text=True,
         timeout=400,

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 
 import pytest
 
@@ -110,6 +111,19 @@ def test_a_launcher_may_ask_how_much_shared_memory_there_is():
     assert 64 * 1024 >= small.shared_bytes > large.shared_bytes // 3
     assert large.shared_bytes > 64 * 1024
     assert stage.launches(problem) == (large,)
+
+
+@pytest.mark.parametrize(
+    ("problem", "most", "error", "message"),
+    [
+        (lab.Problem(), 0, ValueError, "max_shared_bytes=0: it must be at least 1"),
+        (lab.Problem(), 1.5, TypeError, "max_shared_bytes=1.5 must be an integer"),
+        ((1, 2), None, TypeError, "problem=(1, 2) must be a Problem"),
+    ],
+)
+def test_wrong_arguments(problem, most, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        lab.stages["coalesced"].launches(problem, most)
 
 
 @pytest.mark.parametrize("stage", ["register_blocked", "winograd"])
