@@ -289,7 +289,10 @@ def _pytorchs(*arguments: Any) -> torch.Tensor:
     if not torch.jit.is_tracing() and (output.numel() == 0) != (input.numel() == 0):
         _check(arguments)
     # A weight or bias without data is no error to PyTorch: what it returns is not computed.
-    if input.is_cpu and not (weight.is_cpu and (bias is None or bias.is_cpu)):
+    device = input.device
+    if device.type != "meta" and (
+        weight.device != device or (bias is not None and bias.device != device)
+    ):
         _check(arguments)
     return output
 

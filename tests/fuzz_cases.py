@@ -28,7 +28,7 @@ from convt_lab.stages import kernels
 #: Seconds that one call may take.
 PATIENCE = 5.0
 
-#: Bytes of address space beyond what is in use once all is imported: enough for each legal call.
+#: Bytes of memory beyond what is in use once all is imported: enough for each legal call.
 ROOM = 4 * 2**30
 
 #: Where tensors are, but for a few.
@@ -144,7 +144,8 @@ def outcome_of(function, *arguments, **keywords):
 def told_of(value):
     """Describe a value in few words."""
     if isinstance(value, torch.Tensor | np.ndarray):
-        return f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
+        where = f" on {value.device}" if isinstance(value, torch.Tensor) else ""
+        return f"{type(value).__name__} {tuple(value.shape)} {value.dtype}{where}"
     return repr(value)[:200]
 
 
@@ -557,14 +558,28 @@ FUNCTIONS = {
 ON_GPU = ("operator", "layer", "explain", "stage", "profile")
 
 
+def limit_memory():
+    """Leave room for `ROOM` bytes more than what is in use."""
+    if device == "cpu":
+        limit, field = resource.RLIMIT_AS, 0
+    else:
+        # CUDA reserves addresses for all the GPU's memory: count what may be written alone.
+        limit, field = resource.RLIMIT_DATA, 5
+        torch.cuda.set_per_process_memory_fraction(
+            ROOM / torch.cuda.get_device_properties(device).total_memory
+        )
+        torch.zeros(1, device=device)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[field]) * resource.getpagesize()
+    resource.setrlimit(limit, (used + ROOM, used + ROOM))
+
+
 def main(name, count, seed, where="cpu"):
     global device
     device = where
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
-    if device == "cpu":  # CUDA reserves addresses for all the GPU's memory
-        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+    limit_memory()
     wrong = 0
     returned = 0
     for number in range(count):
