@@ -165,7 +165,7 @@ def scatter(
     canvas = np.zeros((n, c_out, out_height + 2 * rows.padding, out_width + 2 * columns.padding))
     for kh in range(rows.kernel):
         for kw in range(columns.kernel):
-            # Where tap (kh, kw) of all the stamps lands: a grid as wide as the stride.
+            # Where tap (kh, kw) of all the stamps lands: a stride apart in both directions.
             oh = slice(kh * rows.dilation, None, rows.stride)
             ow = slice(kw * columns.dilation, None, columns.stride)
             grid = canvas[:, :, oh, ow][:, :, : rows.size, : columns.size]

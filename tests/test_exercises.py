@@ -56,7 +56,7 @@ WRONG = {
     ),
     "gather.3": (
         changed("gather.3", "q - (size - 1)", "q - size"),
-        r"size 1, kernel 2, stride 1, padding 0, output 1: yours are the taps 0, 1, and 1 have an",
+        r"size 1, kernel 2, stride 1, padding 0, output 1: yours are the taps 0, 1; .* are 1",
     ),
     "gather.4": (
         changed("gather.4", "a * rows.dilation, b * columns.dilation", "a, b"),
@@ -488,7 +488,7 @@ def faster(ours, theirs):
     (
         "gather.3",
         changed("gather.3", "min(kernel, o + padding + 1)", "kernel"),
-        "output 0: yours are the taps 0, 1, and 0 have an input from 0 to 0",
+        "output 0: yours are the taps 0, 1; those that meet an input from 0 to 0 are 0",
     ),
     ("gather.4", lambda x, weight, problem, gather: x, "output has shape .* and should have"),
     (
@@ -756,6 +756,16 @@ def test_a_single_piece_keeps_the_first_budget_and_not_the_second():
     )
     assert float(first[1]) <= float(first[0])
     assert float(second[1]) < float(second[0])
+
+
+@pytest.mark.parametrize(("pixels", "keeps"), [(20, True), (28, True), (36, False)])
+def test_pixels_that_keep_both_budgets(pixels, keeps):
+    """As the solution says."""
+    assert "twelve, twenty and twenty-eight keep both" in solution("register_blocked.1").why
+    answer = changed("register_blocked.1", "THREAD_W = 12; ", f"THREAD_W = {pixels}; ")
+    result = check("register_blocked.1", answer)
+    assert result.passed == keeps
+    assert keeps or re.search(r"at most 2\.5 wavefronts [^;]*; yours: 2\.5\d", text_of(result))
 
 
 def test_words_between_the_products_of_winograd():

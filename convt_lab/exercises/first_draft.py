@@ -278,7 +278,7 @@ def _results() -> tuple[tuple[str, bool, np.ndarray, np.ndarray, np.ndarray], ..
     empty = np.zeros((0, 4, 5, 5))
     return (
         case("PyTorch's own result", True),
-        case("the same with inputs a million times as large", True, x=1e6 * x),
+        case("PyTorch's own result for inputs a million times as large", True, x=1e6 * x),
         case("inputs a millionth as large", True, x=1e-6 * x),
         case("inputs a millionth as large, and a result of zeros", False, np.zeros_like, 1e-6 * x),
         case("a single NaN", False, with_value(np.nan)),
@@ -299,7 +299,7 @@ def _results() -> tuple[tuple[str, bool, np.ndarray, np.ndarray, np.ndarray], ..
             weight=no_terms,
         ),
         case(
-            "the same, and a zero that is 1e-30",
+            "1e-30 where a kernel with rows of zeros makes exactly zero",
             False,
             lambda y: np.where(y == 0, np.float32(1e-30), y),
             weight=no_terms,

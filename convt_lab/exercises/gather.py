@@ -139,8 +139,8 @@ def _judge_tap_range(function: Callable) -> tuple[str | None, str]:
             if not isinstance(found, range):
                 return f"{label}: it returns {found!r}, and should return a range", ""
             if list(found[: kernel + 1]) != taps:
-                what = f"yours are the taps {_listed(found[: kernel + 1])}, and {_listed(taps)} "
-                what += f"have an input from 0 to {size - 1}"
+                what = f"yours are the taps {_listed(found[: kernel + 1])}; "
+                what += f"those that meet an input from 0 to {size - 1} are {_listed(taps)}"
                 return f"{label}: {what}", ""
             outputs += 1
     return (

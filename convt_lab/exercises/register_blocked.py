@@ -70,8 +70,9 @@ EXERCISES = (
             "for all of them.",
         ),
         why="Eight lanes, each `THREAD_W / 4` pieces further on, get eight different places if and "
-        "only if that number is odd. The larger, the fewer loads for an FMA, until the registers "
-        "run out. A single piece has no conflicts either, and does not keep the second budget.",
+        "only if that number is odd: twelve, twenty and twenty-eight keep both budgets. With "
+        "four there are too few FMAs for a load. With thirty-six so many of the loads are windows, "
+        "at four wavefronts each, that the mean passes the first budget.",
     ),
     KernelExercise(
         name="register_blocked.2",
