@@ -136,6 +136,10 @@ class Backend(ABC):
 
     name: str
 
+    def target(self) -> str:
+        """Say what `build` builds for now: a library is of use where this is the same."""
+        return ""
+
     @abstractmethod
     def build(self, name: str, source: str, *, traced: bool = False) -> ctypes.CDLL:
         """Compile `source` (or find it compiled) and load it; `traced`: instrumented, if it can be.

@@ -18,15 +18,14 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from convt_lab import autotune, measurements
 from convt_lab.measurements import Measurement, Table
 from convt_lab.operator_record import PYTORCH
-from convt_lab.problem import Problem
+from convt_lab.problem import CroppedProblem, Problem
 from convt_lab.records import RecordError
 from convt_lab.stages import Kernel, check_tensors, kernels
 
@@ -92,10 +91,15 @@ class Choice:
         ``"pytorch"`` or a key of `convt_lab.stages.kernels`.
     reason
         Why, in a sentence.
+    lasts
+        Whether it is the same as long as `settings` and `generation` are. If not, it is to be
+        measured, and could not be just now.
     """
 
     kernel: str
     reason: str
+
+    lasts: bool = field(default=True, repr=False, compare=False)
 
     def __str__(self) -> str:
         who = "PyTorch's own" if self.kernel == PYTORCH else self.kernel
@@ -128,6 +132,16 @@ def candidates(
     }
 
 
+def settings() -> tuple[bool, ...]:
+    """Return PyTorch's settings on which a choice depends, beside those that are asked about."""
+    # What torch.backends.cudnn.enabled, benchmark and deterministic return, in less time.
+    return (
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_cudnn_benchmark(),
+        torch._C._get_cudnn_deterministic(),
+    )
+
+
 def choose(
     problem: Problem,
     dtype: torch.dtype,
@@ -154,7 +168,7 @@ def choose(
     Returns
     -------
     Choice
-        The same as before, at no cost, as long as `generation` is the same.
+        The same as before, at no cost, as long as `settings` and `generation` are, if it lasts.
 
     Raises
     ------
@@ -166,17 +180,13 @@ def choose(
     index = torch.cuda.current_device() if device.index is None else device.index
     tf32 = tf32 and dtype == torch.float32
     measures = autotune.is_on()
-    cudnn = torch.backends.cudnn
-    settings = measures, cudnn.benchmark, cudnn.deterministic, cudnn.enabled
-    key = problem, dtype, index, channels_last, tf32, settings
+    key = problem, dtype, index, channels_last, tf32, measures, settings()
     choice = _choices.get(key)
     if choice is None:
         began = generation
-        choice, lasts = _choose(problem, dtype, index, channels_last, tf32, measures)
+        choice = _choose(problem, dtype, index, channels_last, tf32, measures)
         with _lock:
-            if not lasts:  # whoever keeps it asks again
-                _advance()
-            elif generation == began:
+            if choice.lasts and generation == began:
                 if len(_choices) >= _MOST_CHOICES:
                     _choices.clear()
                 _choices[key] = choice
@@ -190,22 +200,22 @@ def _choose(
     channels_last: bool,
     tf32: bool,
     measures: bool,
-) -> tuple[Choice, bool]:
-    """Choose; return whether the choice lasts, too."""
+) -> Choice:
     name, capability = _gpu(index)
     ours = candidates(problem, dtype, channels_last, tf32=tf32, capability=capability)
     if not ours:
         form = f"{_name(dtype)}, {'channels last' if channels_last else 'contiguous'}"
-        return Choice(PYTORCH, f"no kernel of ours takes this problem in {form}"), True
+        return Choice(PYTORCH, f"no kernel of ours takes this problem in {form}")
     if 0 in problem.output_shape:
-        return Choice(PYTORCH, "the output is empty"), True
+        return Choice(PYTORCH, "the output is empty")
     lasts = True
-    if _only is None:
+    # PyTorch has no argument for a crop, so there is nothing to compare with.
+    if _only is None and not isinstance(problem, CroppedProblem):
         case = autotune.case_name(problem, dtype, channels_last, tf32)
         environment = functools.partial(autotune.environment, index)
         times = _memory.recall(environment, case)
         if times is not None:
-            return _by_times(times, ours, "measured here before"), True
+            return _by_times(times, ours, "measured here before")
         if measures:
             if _may_measure():
                 with _measuring:  # one after the other; another thread may have been quicker
@@ -213,14 +223,14 @@ def _choose(
                     if times is None:
                         times = _measured(problem, dtype, index, channels_last, ours, case)
                 if times is not None:
-                    return _by_times(times, ours, "measured here just now"), True
+                    return _by_times(times, ours, "measured here just now")
             else:
                 lasts = False  # it is measured as soon as that is possible
     tables = _tables() if _only is None else _only
     choice = choose_by_tables(
         tables, name, capability, problem, _name(dtype), channels_last, tf32, tuple(ours)
     )
-    return choice, lasts
+    return choice if lasts else replace(choice, lasts=False)
 
 
 def _may_measure() -> bool:
@@ -687,26 +697,31 @@ def explain(
         groups=groups,
         dilation=dilation,
     )
-    dtypes = {t.dtype for t in (input, weight, bias) if t is not None}
-    if torch.is_autocast_enabled(input.device.type) and all(d.is_floating_point for d in dtypes):
-        dtypes = {torch.get_autocast_dtype(input.device.type)}
-    devices = {t.device for t in (input, weight, bias) if t is not None}
+    from convt_lab import plan  # which imports this module
+    from convt_lab.library import dtype_under_autocast
+
+    tensors = [t for t in (input, weight, bias) if t is not None]
+    kind = input.device.type
+    is_cast = torch.is_autocast_enabled(kind)
+    dtypes = {dtype_under_autocast(t, kind) if is_cast else t.dtype for t in tensors}
+    devices = {t.device for t in tensors}
     if len(dtypes) > 1 or len(devices) > 1:
         found = ", ".join(sorted(map(str, dtypes | devices)))
         return Choice(PYTORCH, f"the tensors are not of one dtype and device ({found})")
     is_last = False
-    if input.device.type == "cuda":
-        from convt_lab import plan  # which imports this module
-
+    if kind == "cuda":
         batched = input.unsqueeze(0) if input.dim() == 3 else input
         is_last = plan._output_format(batched, weight, bias, problem) == torch.channels_last
-    return choose(
+    choice = choose(
         problem,
         *dtypes,
         input.device,
         channels_last=is_last,
         tf32=torch.backends.cudnn.conv.fp32_precision == "tf32",
     )
+    if choice.kernel in plan.unbuildable:
+        return Choice(PYTORCH, f"{choice.kernel} ({choice.reason}) can't be built here")
+    return choice
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -715,16 +730,3 @@ def _name(dtype: torch.dtype) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms"
-
-
-def _reset() -> Any:
-    """Forget everything, for tests; return the memory of before."""
-    global _memory
-    before = _memory
-    with _lock:
-        _memory = autotune.Memory()
-        _advance()
-    _tables.cache_clear()
-    _gpu.cache_clear()
-    _warn.cache_clear()
-    return before

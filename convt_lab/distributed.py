@@ -46,6 +46,7 @@ from __future__ import annotations
 import datetime
 import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -561,7 +562,7 @@ def conv_transpose2d_rows(
     if heights is None:
         # The whole height is not known yet: check all else, with one that padding can't use up.
         rows = padding[0] if isinstance(padding, tuple | list) and padding else padding
-        enough = 1 + 2 * rows if isinstance(rows, int) and rows > 0 else 1
+        enough = 1 + 2 * max(0, operator.index(rows)) if hasattr(rows, "__index__") else 1
         local = _problem(*tensors, enough, arguments)
         heights = _gathered_heights(tensors, local, group, timeout)
     else:

@@ -279,6 +279,10 @@ class GPU(Backend):
             if array is not None and array.written and array.device.type == "cpu":
                 _host_bytes(array).copy_(copies[array.address, array.nbytes])
 
+    def target(self) -> str:
+        """Return the architectures of the current device, or those that the user chose."""
+        return architectures()
+
     def stream(self) -> int:
         """Return torch's current stream."""
         return torch.cuda.current_stream().cuda_stream

@@ -19,12 +19,14 @@ import torch
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from convt_lab.plan import Plan, plan_for
+from convt_lab.problem import ProblemError
 
 __all__ = [
     "DirectFunction",
     "TransformableFunction",
     "cast_for_autocast",
     "convolution_backward",
+    "dtype_under_autocast",
     "has_dtensor",
     "torch_operator",
 ]
@@ -46,7 +48,9 @@ def has_dtensor(*tensors: Any) -> bool:
     """Return whether one of these is a DTensor, without importing what defines them."""
     # Where there is a DTensor, its module has been imported; that takes most of a second.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
+    # While another thread imports it, the module is there and the class is not.
+    kind = getattr(module, "DTensor", None)
+    return kind is not None and any(isinstance(t, kind) for t in tensors)
 
 
 # ---- Computing ---------------------------------------------------------------------------------
@@ -84,8 +88,11 @@ def _computed(
         groups,
         tuple(dilation),
     )
-    plan = plan_for(input, weight, bias, *arguments)
-    if plan.is_pytorchs:
+    try:
+        plan = plan_for(input, weight, bias, *arguments)
+    except ProblemError:  # PyTorch refuses it, too, or takes what is too large for us
+        plan = None
+    if plan is None or plan.is_pytorchs:
         return _pytorchs(input, weight, bias, *arguments)
     return plan(input, weight, bias)
 
@@ -315,14 +322,17 @@ torch.library.register_vmap(
 
 def cast_for_autocast(tensor: Tensor | None, device_type: str) -> Tensor | None:
     """Cast as autocast does for PyTorch's convolutions; float64 and integers stay."""
-    if (
-        tensor is None
-        or not tensor.is_floating_point()
-        or tensor.dtype is torch.float64
-        or tensor.device.type != device_type
-    ):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    return None if tensor is None else tensor.to(dtype_under_autocast(tensor, device_type))
+
+
+def dtype_under_autocast(tensor: Tensor, device_type: str) -> torch.dtype:
+    """Return the dtype to which `cast_for_autocast` casts."""
+    is_cast = (
+        tensor.is_floating_point()
+        and tensor.dtype is not torch.float64
+        and tensor.device.type == device_type
+    )
+    return torch.get_autocast_dtype(device_type) if is_cast else tensor.dtype
 
 
 def _autocast(device_type: str, key: torch._C.DispatchKey):

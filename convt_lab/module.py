@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from convt_lab.operator import conv_transpose2d
 
@@ -61,10 +62,19 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         """
         if self.padding_mode != "zeros":
             raise ValueError("Only `zeros` padding mode is supported for ConvTranspose2d")
-        output_padding = self.output_padding
-        if output_size is not None:
-            output_padding = self._output_padding(
-                input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        if torch.jit.is_scripting():  # a script knows PyTorch's own alone
+            return F.conv_transpose2d(
+                input,
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                output_padding,
+                self.groups,
+                self.dilation,
             )
         return conv_transpose2d(
             input,
@@ -104,9 +114,10 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         layer = cls.__new__(cls)
         # Dictionaries (of parameters, hooks and so on) become its own, what they hold is shared.
         layer.__dict__ = {
-            name: value.copy() if isinstance(value, dict) else value
+            name: value.copy() if isinstance(value, dict | set) else value
             for name, value in module.__dict__.items()
         }
+        layer._compiled_call_impl = None  # what ``module.compile()`` left is a call of `module`
         return layer
 
 

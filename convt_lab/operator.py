@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from torch.utils._device import DeviceContext
 
 from convt_lab.library import (
     DirectFunction,
@@ -99,33 +100,32 @@ def conv_transpose2d(
     >>> conv_transpose2d(x, weight, stride=2).shape
     torch.Size([1, 4, 6, 6])
     """
+    arguments = (stride, padding, output_padding, groups, dilation)
     if torch.compiler.is_compiling():
-        return _traced(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _traced(input, weight, bias, *arguments)
     if not _may_be_ours(input, weight, bias):
         if has_dtensor(input, weight, bias):
-            return _on_dtensors(
-                input, weight, bias, stride, padding, output_padding, groups, dilation
-            )
-        return _pytorchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
+            return _on_dtensors(input, weight, bias, *arguments)
+        return _pytorchs(input, weight, bias, *arguments)
     if input.dim() == 3:
-        return conv_transpose2d(
-            input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation
-        ).squeeze(0)
+        return conv_transpose2d(input.unsqueeze(0), weight, bias, *arguments).squeeze(0)
     tensors = (input, weight, bias)
     if torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"):
         tensors = [cast_for_autocast(t, input.device.type) for t in tensors]
     if _is_transformed():
-        arguments = (*map(_pair, (stride, padding, output_padding)), groups, _pair(dilation))
+        if _is_functionalized():
+            return _pytorchs(input, weight, bias, *arguments)
+        arguments = _as_the_schema_has(*arguments)
         if torch._C._are_functorch_transforms_active():
             return TransformableFunction.apply(*tensors, *arguments)
         return torch_operator(*tensors, *arguments)
     try:
-        plan = plan_for(*tensors, stride, padding, output_padding, groups, dilation)
+        plan = plan_for(*tensors, *arguments)
     except (ProblemError, TypeError):
         # Nearly always PyTorch refuses it, too; it may take what is only too large for us.
         plan = None
     if plan is None or plan.is_pytorchs:
-        return _pytorchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _pytorchs(input, weight, bias, *arguments)
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -195,14 +195,20 @@ def _may_be_ours(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     memory than they mean.
     """
     return (
-        type(input) in _PLAIN_TYPES
-        and type(weight) in _PLAIN_TYPES
-        and (bias is None or type(bias) in _PLAIN_TYPES)
+        _are_plain(input, weight, bias)
         and has_kernels(input)
         and _is_dense(input)
         and _is_dense(weight)
         and (bias is None or _is_dense(bias))
         and torch._C._get_tracing_state() is None
+    )
+
+
+def _are_plain(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return (
+        type(input) in _PLAIN_TYPES
+        and type(weight) in _PLAIN_TYPES
+        and (bias is None or type(bias) in _PLAIN_TYPES)
     )
 
 
@@ -218,11 +224,27 @@ def _is_transformed() -> bool:
     """
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
+        or (torch._C._is_torch_function_mode_enabled() and _has_mode_that_matters())
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
     )
+
+
+def _has_mode_that_matters() -> bool:
+    """Whether a torch function mode is on that may ask about convolutions.
+
+    ``torch.set_default_device`` leaves one on that does not.
+    """
+    modes = torch.overrides._get_current_function_mode_stack()
+    return not all(type(mode) is DeviceContext for mode in modes)
+
+
+def _is_functionalized() -> bool:
+    """Whether ``torch.func.functionalize`` is on, which has no rule for functions of autograd."""
+    kind = torch._C._functorch.TransformType.Functionalize
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() == kind for interpreter in stack)
 
 
 def _traced(
@@ -241,6 +263,7 @@ def _traced(
     # Not is_exporting(): torch 2.11's compiler takes that to be always true.
     if (
         torch.compiler._is_exporting_flag
+        or not _are_plain(input, weight, bias)
         or not has_kernels(input)
         or input.dtype not in DTYPES
         or input.dim() not in (3, 4)
@@ -253,11 +276,7 @@ def _traced(
         batched,
         weight,
         bias,
-        _pair(stride),
-        _pair(padding),
-        _pair(output_padding),
-        groups,
-        _pair(dilation),
+        *_as_the_schema_has(stride, padding, output_padding, groups, dilation),
     )
     return output.squeeze(0) if input.dim() == 3 else output
 
@@ -269,11 +288,33 @@ def _on_dtensors(*arguments: Any) -> torch.Tensor:
     return conv_transpose2d_dtensor(*arguments)
 
 
-def _pair(value: Any) -> Any:
-    """Return (rows, columns), as the operator's schema wants them; it refuses what is neither."""
-    if isinstance(value, tuple | list):
-        return value * 2 if len(value) == 1 else value
-    return (value, value)
+def _as_the_schema_has(
+    stride: Any, padding: Any, output_padding: Any, groups: Any, dilation: Any
+) -> tuple:
+    """Return the arguments of our own operator: pairs (rows, columns) of integers, and `groups`.
+
+    Sizes may be symbols, so what has no meaning is left to the operator to refuse.
+    """
+    return (
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("output_padding", output_padding),
+        _integer("groups", groups),
+        _pair("dilation", dilation),
+    )
+
+
+def _pair(name: str, value: Any) -> Any:
+    values = value if isinstance(value, tuple | list) else (value,)
+    numbers = tuple(_integer(name, each) for each in values)
+    return numbers * 2 if len(numbers) == 1 else numbers
+
+
+def _integer(name: str, value: Any) -> Any:
+    # The schema takes a bool for an integer, and raises a RuntimeError for what is none.
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} must be made of integers, not {type(value).__name__}")
+    return value if isinstance(value, int | torch.SymInt) else value.__index__()
 
 
 # ---- PyTorch's function, and what is wrong if it refuses -----------------------------------------
@@ -284,6 +325,8 @@ def _pytorchs(*arguments: Any) -> torch.Tensor:
         output = F.conv_transpose2d(*arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         _explain(error, arguments)
+    if not isinstance(output, torch.Tensor):  # a node of torch.fx
+        return output
     # Where there is an error, some of PyTorch's kernels return nothing, or something of nothing.
     input, weight, bias, *_ = arguments
     if not torch.jit.is_tracing() and (output.numel() == 0) != (input.numel() == 0):

@@ -31,7 +31,9 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 MAX_PLANS = 4096
 
 _plans: dict[tuple, Plan] = {}
-_unbuildable: set[str] = set()
+
+#: Names of kernels that could not be built here: PyTorch computes in their place.
+unbuildable: set[str] = set()
 
 if hasattr(os, "register_at_fork"):
     # A fork makes plans of its own, where it is told that no GPU works in it.
@@ -47,6 +49,8 @@ class Plan:
         The call's shapes and arguments.
     kernel : str
         A key of `convt_lab.stages.kernels`, or ``"pytorch"``.
+    lasts : bool
+        Whether the next call of the kind is computed so, too (see `dispatch.Choice`).
     """
 
     __slots__ = (
@@ -59,12 +63,14 @@ class Plan:
         "_shape",
         "_strides",
         "kernel",
+        "lasts",
         "problem",
     )
 
-    def __init__(self, problem: Problem, kernel: str = "pytorch"):
+    def __init__(self, problem: Problem, kernel: str = "pytorch", lasts: bool = True):
         self.problem = problem
         self.kernel = kernel
+        self.lasts = lasts
 
     @property
     def is_pytorchs(self) -> bool:
@@ -124,15 +130,16 @@ class Plan:
         dtype, device = input.dtype, input.device
         memory_format = _output_format(input, weight, bias, problem)
         channels_last = memory_format == torch.channels_last
+        lasts = True
         if kernel is None or not kernels[kernel].supports(problem, dtype, channels_last):
             choice = dispatch.choose(problem, dtype, device, channels_last=channels_last, tf32=tf32)
-            kernel = choice.kernel
+            kernel, lasts = choice.kernel, choice.lasts
         if kernel == "pytorch" or not kernels[kernel].supports(problem, dtype, channels_last):
-            return cls(problem)
+            return cls(problem, lasts=lasts)
         launcher = _launcher(kernel, problem, dtype, channels_last, device)
         if launcher is None:
-            return cls(problem)
-        plan = cls(problem, kernel)
+            return cls(problem, lasts=lasts)
+        plan = cls(problem, kernel, lasts)
         plan._launcher = launcher
         plan._dtype, plan._device = dtype, device
         plan._shape = problem.output_shape
@@ -201,15 +208,16 @@ def plan_for(
         tf32,
         crop,
         kernel,
-        torch._C._get_cudnn_enabled(),
+        dispatch.settings(),
         dispatch.generation,
     )
     plan = _plans.get(key)
     if plan is None:
         plan = Plan.make(input, weight, bias, arguments, tf32, crop, kernel)
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        if plan.lasts:
+            if len(_plans) >= MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
     return plan
 
 
@@ -259,12 +267,12 @@ def _launcher(
     name: str, problem: Problem, dtype: torch.dtype, channels_last: bool, device: torch.device
 ) -> Launcher | None:
     """Make a launcher; None, with one warning for each kernel, if it can't be built here."""
-    if name in _unbuildable:
+    if name in unbuildable:
         return None
     try:
         return Launcher(kernels[name], problem, dtype, channels_last, device)
     except (BuildError, CompileError) as error:
-        _unbuildable.add(name)
+        unbuildable.add(name)
         warnings.warn(
             f"convt_lab falls back to PyTorch's conv_transpose2d where it would run {name!r}: "
             f"{error}",

@@ -111,11 +111,12 @@ def compile(source: str, backend: BackendName = "auto", *, name: str = "kernel")
     """
     if not isinstance(source, str):
         raise TypeError(f"source is a {type(source).__name__}; pass the CUDA C++ text as a str")
-    return _compile(source, backend_named(backend), name)
+    chosen = backend_named(backend)
+    return _compile(source, chosen, name, chosen.target())
 
 
 @functools.lru_cache(maxsize=256)
-def _compile(source: str, backend: Backend, name: str) -> Program:
+def _compile(source: str, backend: Backend, name: str, target: str) -> Program:
     return Program(source, backend, name)
 
 

@@ -21,10 +21,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from convt_lab.backend import KERNEL_FOLDER, Array
+from convt_lab.backend import KERNEL_FOLDER, Array, Backend
 from convt_lab.gpu import check_fork, has_own_instructions
 from convt_lab.problem import Axis, Problem, checked_integer, checked_problem
-from convt_lab.program import BackendName, Program
+from convt_lab.program import BackendName, Program, backend_named
 from convt_lab.program import compile as compile_source
 from convt_lab.simulator.planning import Launch
 from convt_lab.simulator.report import Report
@@ -172,8 +172,12 @@ class Kernel:
         return (KERNEL_FOLDER / f"{self.name}.cu").read_text()
 
     def program(self, backend: BackendName = "auto") -> Program:
-        """Return it compiled for `backend`; the work is done once."""
-        return _program(self, backend)
+        """Return it compiled for `backend`, and there for the current device.
+
+        The work is done once for each architecture.
+        """
+        chosen = backend_named(backend)
+        return _program(self, chosen, chosen.target())
 
     def packed_bytes(
         self,
@@ -475,8 +479,8 @@ def _common_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
 
 
 @functools.cache
-def _program(kernel: Kernel, backend: BackendName) -> Program:
-    return compile_source(kernel.source, backend, name=kernel.name)
+def _program(kernel: Kernel, backend: Backend, target: str) -> Program:
+    return compile_source(kernel.source, backend.name, name=kernel.name)
 
 
 _STORED = (torch.float32, torch.float16, torch.bfloat16)

@@ -16,6 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -325,6 +326,13 @@ def error_of(kind, call, *arguments, **keywords):
     except kind as error:
         return str(error)
     raise AssertionError(f"no {kind.__name__}")
+
+
+@case
+def integers_of_numpy():
+    x, weight = torch.ones(1, 2, 3, 4), torch.ones(2, 2, 3, 3)
+    y = conv_transpose2d_rows(x, weight, padding=np.int64(1), stride=(np.int32(2), 1))
+    assert torch.equal(y, conv_transpose2d_rows(x, weight, padding=1, stride=(2, 1)))
 
 
 @case

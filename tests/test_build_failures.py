@@ -23,6 +23,7 @@ from kernels_for_tests import SCALE
 
 from convt_lab import build as build_module
 from convt_lab import gpu as gpu_module
+from convt_lab import program as program_module
 from convt_lab.build import (
     BuildError,
     cache_folder,
@@ -33,7 +34,9 @@ from convt_lab.build import (
 )
 from convt_lab.errors import CompileError
 from convt_lab.gpu import GPU
+from convt_lab.program import backend_named
 from convt_lab.simulator import Simulator
+from convt_lab.stages import kernels
 
 RELEASE = "Cuda compilation tools, release 13.0, V13.0.88"
 
@@ -200,6 +203,20 @@ def test_the_key_holds_the_tools_torch_and_the_architecture(gpu, monkeypatch):
     monkeypatch.setattr(gpu_module, "kernel_headers", lambda: [*headers, gpu / "changed.cuh"])
     assert build_again() == 7
     assert build_again() == 7
+
+
+def test_each_architecture_has_a_program(gpu, monkeypatch):
+    """Two GPU models in one process: a library is of no use to the other."""
+    backend_named.cache_clear()
+    monkeypatch.setattr(program_module, "_declared_kernels", lambda source: [])
+    programs = {}
+    for capability in ((8, 9), (8, 0), (8, 9)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        program = program_module.compile(SCALE, "gpu", name="of two")
+        assert programs.setdefault(capability, program) is program
+        assert kernels["coalesced"].program("gpu") is kernels["coalesced"].program("gpu")
+    assert programs[8, 9].library._name != programs[8, 0].library._name
+    assert len(builds_left()) == 4
 
 
 FAILURES = {

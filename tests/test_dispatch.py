@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from convt_lab import Problem, autotune, decoder_record, dispatch, measurements, records
+from convt_lab import Problem, autotune, decoder_record, dispatch, measurements, plan, records
 from convt_lab.dispatch import Choice, choose_by_table
 from convt_lab.measurements import Measurement, Table
+from convt_lab.problem import CroppedProblem
 from convt_lab.stages import kernels
 
 DENSE = Problem(8, 32, 32, 128, 128, kernel_size=(3, 7))
@@ -275,11 +276,22 @@ class TestAutotuning:
                 patch.setattr(torch.compiler, "is_compiling", lambda: True)
             if state == "fake":
                 patch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-            assert choose().reason == "nothing similar was measured"
+            choice = choose()
+            assert choice.reason == "nothing similar was measured"
+            assert not choice.lasts  # whoever keeps it asks again
             assert gpu.measurements == 0
-        assert dispatch.generation != before  # whoever keeps that choice asks again
+        assert dispatch.generation == before  # and nobody else does
         gpu.is_capturing = False
         assert choose().kernel == "a"
+        assert gpu.measurements == 1
+
+    def test_a_crop_is_not_measured(self, gpu, monkeypatch):
+        """PyTorch has no argument for it, and what the whole took says nothing about a part."""
+        monkeypatch.setenv("CONVT_AUTOTUNE", "1")
+        assert choose().reason.startswith("measured here just now")
+        cropped = CroppedProblem.between(DENSE, 1, 0)
+        assert choose(cropped).reason == "nothing similar was measured"
+        assert choose(cropped).lasts
         assert gpu.measurements == 1
 
     def test_during_a_capture_what_is_remembered_counts(self, gpu, monkeypatch):
@@ -726,6 +738,23 @@ class TestExplain:
     def test_a_call_that_is_none(self, arguments, words):
         with pytest.raises(ValueError, match=words):
             dispatch.explain(torch.ones(1, 2, 5, 5), torch.ones(2, 3, 4, 4), **arguments)
+
+    def test_a_kernel_that_can_not_be_built(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "choose", lambda *_, **__: Choice("hopper", "it is fast"))
+        monkeypatch.setattr(plan, "unbuildable", {"hopper"})
+        choice = dispatch.explain(torch.ones(1, 2, 5, 5), torch.ones(2, 3, 4, 4))
+        assert str(choice) == "PyTorch's own: hopper (it is fast) can't be built here"
+
+    def test_autocast_leaves_float64(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(dispatch, "choose", lambda *a, **_: asked.append(a) or Choice("a", "b"))
+        x, weight = torch.ones(1, 2, 5, 5), torch.ones(2, 3, 4, 4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            dispatch.explain(x, weight)
+            dispatch.explain(x.double(), weight.double())
+            mixed = dispatch.explain(x, weight.double())
+        assert [dtype for _, dtype, *_ in asked] == [torch.bfloat16, torch.float64]
+        assert "torch.bfloat16, torch.float64" in mixed.reason
 
     def test_what_the_choice_is_asked(self, monkeypatch):
         seen = {}

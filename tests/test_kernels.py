@@ -718,6 +718,22 @@ def test_the_same_bits_in_both_memory_formats(kernel, dtype, device):
         assert torch.equal(y, last), problem
 
 
+def test_more_than_2_32_threads():
+    """One channel, a warp for each plane of one pixel: the block beyond writes where it should."""
+    kernel = kernels["one_channel"]
+    images, channels, first = 2**17 + 1, 2**10, 2**24  # of a block of 8 warps
+    x = torch.zeros(images, channels, 1, 1, dtype=torch.float16)
+    x[first * 8 // channels, :8] = 5
+    weight = torch.zeros(channels, 1, 3, 3, dtype=torch.float16)
+    weight[:, 0, 1, 1] = 1
+    call = Call(kernel, x, weight, None, 1, 1, 0, channels, 1)
+    call.output.fill_(math.nan)
+    program = kernel.program("simulator")
+    program.call(call.launcher, *call.launcher_arguments, trace=True, blocks=[first])
+    assert call.output[-1, :8].flatten().tolist() == [5] * 8
+    assert call.output.isnan().sum() == call.output.numel() - 8
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])

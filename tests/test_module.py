@@ -188,6 +188,15 @@ class TestTheLayer:
         assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_script_computes_with_pytorchs_own():
+    layer = lab.ConvTranspose2d(2, 3, 3, stride=2)
+    x = torch.randn(1, 2, 4, 5)
+    scripted = torch.jit.script(layer)
+    assert torch.equal(scripted(x), layer(x))
+    assert torch.equal(scripted(x, [10, 12]), layer(x, [10, 12]))
+
+
 class TestFromTorch:
     def test_parameters_are_shared(self, device):
         _, theirs = pair(device)
@@ -209,6 +218,21 @@ class TestFromTorch:
         ours.weight = nn.Parameter(torch.zeros_like(ours.weight))
         assert not theirs.training
         assert theirs.weight.count_nonzero() > 0
+
+    def test_what_compile_left_is_not_taken_over(self):
+        source = nn.ConvTranspose2d(2, 3, 3)
+        source.compile(backend="eager")
+        layer = lab.ConvTranspose2d.from_torch(source)
+        layer.bias = nn.Parameter(torch.full((3,), 100.0))
+        assert layer(torch.zeros(1, 2, 4, 4)).min() == 100
+
+    def test_the_names_of_buffers_are_its_own(self):
+        source = nn.ConvTranspose2d(2, 3, 3)
+        source.register_buffer("mask", torch.ones(1))
+        layer = lab.ConvTranspose2d.from_torch(source)
+        layer.register_buffer("mask", torch.ones(1), persistent=False)
+        assert "mask" in source.state_dict()
+        assert "mask" not in layer.state_dict()
 
     def test_hooks_are_taken_over(self):
         _, theirs = pair()

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import threading
+import types
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from strategies import inputs, problem_set
 
 import convt_lab as lab
 from convt_lab import dispatch, library
+from convt_lab import operator as operator_module
 from convt_lab import plan as plans
 from convt_lab.build import BuildError
 from convt_lab.operator import conv_transpose2d_between, kernel_between
@@ -445,6 +448,102 @@ class TestOtherTensors:
         assert isinstance(y, Logged)
         assert F.conv_transpose2d in seen
 
+    def test_subclasses_keep_their_rules_under_a_compiler(self, simulated):
+        class Doubled(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                y = super().__torch_function__(function, types, args, kwargs)
+                return 2 * y if function is F.conv_transpose2d else y
+
+        x, weight, bias = PROBLEM.random_inputs(1)
+        expected = F.conv_transpose2d(x, weight, bias, **PROBLEM.arguments)
+        compiled = torch.compile(lab.conv_transpose2d, backend="eager", fullgraph=True)
+        y = compiled(x.as_subclass(Doubled), weight, bias, **PROBLEM.arguments)
+        assert torch.equal(y.as_subclass(torch.Tensor), 2 * expected)
+        assert simulated == []
+
+    def test_functionalization(self, data):
+        expected = lab.conv_transpose2d(*data, **PROBLEM.arguments)
+
+        def call(*tensors):
+            return lab.conv_transpose2d(*tensors, **PROBLEM.arguments)
+
+        y = torch.func.functionalize(call)(*data)
+        torch.testing.assert_close(y, expected)
+        vmapped = torch.func.vmap(torch.func.functionalize(call), (0, None, None))(
+            data[0].unsqueeze(0), *data[1:]
+        )
+        torch.testing.assert_close(vmapped[0], expected)
+
+    def test_symbolic_tracing(self, data):
+        layer = lab.ConvTranspose2d(PROBLEM.in_channels, 6, 3, groups=2).to(data[0].device)
+        traced = torch.fx.symbolic_trace(torch.nn.Sequential(layer))
+        assert any(node.target is F.conv_transpose2d for node in traced.graph.nodes)
+        torch.testing.assert_close(traced(data[0]), layer(data[0]))
+
+    def test_a_default_device_changes_nothing(self, data, monkeypatch):
+        """It leaves a mode on, which has nothing to say about convolutions."""
+        monkeypatch.setattr(operator_module, "torch_operator", None)
+        expected = lab.conv_transpose2d(*data, **PROBLEM.arguments)
+        with torch.device("meta"):
+            y = lab.conv_transpose2d(*data, **PROBLEM.arguments)
+        assert torch.equal(y, expected)
+
+    @pytest.mark.parametrize("stride", [2.0, "a", True, None, (1, 1.5)])
+    def test_modes_change_no_errors(self, data, stride):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        for mode in (nullcontext(), FlopCounterMode(display=False)):
+            with mode, pytest.raises(TypeError, match="stride"):
+                lab.conv_transpose2d(*data, stride=stride)
+
+    def test_what_only_pytorch_takes_is_pytorchs_in_modes_too(self, simulated):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        x, weight = torch.ones(0, 1, 3, 3), torch.ones(1, 1, 2, 2)
+        expected = F.conv_transpose2d(x, weight, dilation=6, output_padding=5)
+        for mode in (nullcontext(), FlopCounterMode(display=False)):
+            with mode:
+                y = lab.conv_transpose2d(x, weight, dilation=6, output_padding=5)
+            assert y.shape == expected.shape
+
+    def test_a_module_that_is_being_imported(self, data, monkeypatch):
+        """By another thread: what it defines is not there yet."""
+        half = types.ModuleType("torch.distributed.tensor")
+        monkeypatch.setitem(sys.modules, "torch.distributed.tensor", half)
+        y = lab.conv_transpose2d(*data, **PROBLEM.arguments)
+        assert y.shape == PROBLEM.output_shape
+
+    @pytest.mark.parametrize("name", ["benchmark", "deterministic", "enabled"])
+    def test_a_setting_of_pytorchs_is_followed_at_once(self, simulated, monkeypatch, name):
+        asked = []
+
+        def chosen(*arguments, **form):
+            asked.append(arguments)
+            return dispatch.Choice("pytorch", "a test says so")
+
+        monkeypatch.setattr(dispatch, "choose", chosen)
+        data = PROBLEM.random_inputs(1)
+        for _ in range(2):
+            lab.conv_transpose2d(*data, **PROBLEM.arguments)
+        assert len(asked) == 1
+        monkeypatch.setattr(torch.backends.cudnn, name, not getattr(torch.backends.cudnn, name))
+        for _ in range(2):
+            lab.conv_transpose2d(*data, **PROBLEM.arguments)
+        assert len(asked) == 2
+
+    def test_a_choice_that_does_not_last_is_asked_for_again(self, simulated, monkeypatch):
+        lasts = iter([False, False, True])
+        monkeypatch.setattr(
+            dispatch,
+            "choose",
+            lambda *_, **__: dispatch.Choice("pytorch", "a test says so", next(lasts)),
+        )
+        data = PROBLEM.random_inputs(1)
+        for _ in range(5):
+            lab.conv_transpose2d(*data, **PROBLEM.arguments)
+        assert list(lasts) == []
+
     def test_modes_see_the_call(self, data):
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils.flop_counter import FlopCounterMode
@@ -603,7 +702,7 @@ class TestPlans:
         def missing(*arguments):
             raise BuildError("no nvcc: install it")
 
-        monkeypatch.setattr(plans, "_unbuildable", set())
+        monkeypatch.setattr(plans, "unbuildable", set())
         monkeypatch.setattr(Kernel, "program", missing)
         data = PROBLEM.random_inputs(1)
         with pytest.warns(RuntimeWarning, match=f"falls back to PyTorch.*{KERNEL}.*no nvcc"):

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(THREADS, KH* KW > 40 ? 1 : 2)
                      const T* __restrict__ bias, T* __restrict__ output, ConvTransposeProblem p,
                      int strips, int bands) {
   // A warp has 32 columns and ROWS rows of a plane.
-  unsigned digits = (blockIdx.x * THREADS + threadIdx.x) / 32;
+  unsigned digits = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
   const int ow = take_digit(digits, strips) * 32 + threadIdx.x % 32;
   const int first_oh = take_digit(digits, bands) * ROWS;
   if (digits >= static_cast<unsigned>(p.batch) * p.out_channels || ow >= p.out_width) return;
