@@ -7,7 +7,8 @@ what other processes have added meanwhile. A file that can't be read or written 
 does no other harm: what is measured then lasts as long as the process.
 
 ``CONVT_AUTOTUNE`` says when to measure: 1, each problem that is not remembered; 0, never. If it is
-not set, ``torch.backends.cudnn.benchmark`` decides, which asks PyTorch to do the same.
+not set, ``torch.backends.cudnn.benchmark`` decides, which asks PyTorch to do the same. The variable
+is read where a problem is new to the process; PyTorch's setting is followed at every call.
 """
 
 from __future__ import annotations

@@ -91,8 +91,9 @@ def conv_transpose2d(
 
     DTensors may be split by images, rows, channels or groups; `convt_lab.distributed` says how.
 
-    ``torch.compile`` sees the operator ``torch.ops.convt_lab.conv_transpose2d``. ``torch.export``
-    and ``torch.jit.trace`` see PyTorch's own, so that what they write runs without this package.
+    ``torch.compile`` sees the operator ``torch.ops.convt_lab.conv_transpose2d``. ``torch.export``,
+    ``torch.fx``, ``torch.jit.trace`` and, of the layer, ``torch.jit.script`` see PyTorch's own, so
+    that what they write runs without this package.
 
     Examples
     --------

@@ -735,6 +735,15 @@ def test_more_than_2_32_threads():
 
 
 @pytest.mark.gpu
+def test_more_than_2_32_threads_of_a_gpu():
+    channels = 2**10
+    x = torch.randn(2**17 + 1, channels, 1, 1, dtype=torch.float16, device="cuda")
+    weight = torch.zeros(channels, 1, 3, 3, dtype=torch.float16, device="cuda")
+    weight[:, 0, 1, 1] = 1
+    assert torch.equal(kernels["one_channel"](x, weight, padding=1, groups=channels), x)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
 @pytest.mark.parametrize("groups", [1, 2])
