@@ -62,9 +62,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
-    from convt_lab import dispatch, measurements
+    from convt_lab import dispatch, measurements, records
 
     tables = measurements.tables_of_records(arguments.records, leave_out=dispatch.SLOW)
+    if not tables:  # of an empty one the operator would leave everything to PyTorch
+        folder = arguments.records or records.FOLDER
+        raise RecordError(f"no record of a GPU in {folder}: name the folder that has them")
     for table in tables:
         print(f"{table.gpu}: {dispatch.leave_one_out(table).summary()}")
     if not arguments.no_write:

@@ -357,7 +357,7 @@ def _check(arguments: tuple) -> None:
     input, weight, bias, *rest = arguments
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if not (isinstance(tensor, torch.Tensor) or (tensor is None and name == "bias")):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__} {tensor!r}")
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__} {tensor!r:.99}")
         if tensor is not None and tensor.device != input.device:
             raise ProblemError(
                 f"{name} is on {tensor.device} and input on {input.device}: all tensors must be on "

@@ -949,5 +949,11 @@ def load_named(name: str, folder: Path = FOLDER) -> Record:
     """
     if name not in names(folder):
         known = ", ".join(map(repr, names(folder))) or "none"
-        raise RecordError(f"no record {name!r} in {folder}; there are: {known}")
+        told = f"no record {name!r} in {folder}; there are: {known}"
+        if not folder.is_dir():
+            told += (
+                " (records are in the project's repository, not in the package: install it from "
+                "there with `pip install -e .`)"
+            )
+        raise RecordError(told)
     return load(folder / f"{name}.json")

@@ -484,6 +484,23 @@ def faster(ours, theirs):
         changed("gather.2", "if o not in reached]", "if o not in reached] * 2"),
         "an output is in your list twice",
     ),
+    (
+        "coalesced.2",
+        changed("coalesced.2", "cudaError_t coalesced(", "cudaError_t mine("),
+        "The answer has a launcher, and none that is called 'coalesced': that is the name",
+    ),
+    (
+        "coalesced.2",
+        changed("coalesced.2", "  const int64_t blocks =", "  exit(0);\n  const int64_t blocks ="),
+        "The launcher 'coalesced' ends the whole process: it must return an error",
+    ),
+    (
+        "gpu_primer.1",
+        changed("gpu_primer.1", "const float* x, float* y", "float* y, float factor").replace(
+            "float factor, float factor", "float factor, const float* x"
+        ),
+        r"The kernel must keep its parameters: scale\(const float\* x, float\* y, float factor",
+    ),
     ("gather.3", lambda *_: [0], r"it returns \[0\], and should return a range"),
     (
         "gather.3",
@@ -940,7 +957,7 @@ def test_a_launcher_without_end_or_with_a_crash_brings_nothing_down(monkeypatch)
         (
             "naive_gather.3",
             {"float* y,": "double* y,"},
-            "The check can't call it: .* 'y' points to f8; the array passed has dtype float32",
+            r"must keep its parameters: gather_1d\(const float\* x, const float\* w, float\* y",
         ),
         ("naive_gather.3", {"gather_1d(": "gather("}, "no kernel 'gather_1d' .* it has 'gather'"),
         ("naive_gather.3", "int x;", "it has none"),

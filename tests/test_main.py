@@ -362,6 +362,13 @@ class TestDispatch:
         assert "of 2 measurements" in result.out
         assert not measurements.FILE.exists()
 
+    def test_without_records_the_table_stays(self, main, folder, tmp_path):
+        for missing in (tmp_path / "nowhere", tmp_path):
+            result = main("dispatch", "--records", missing)
+            assert result.status == 2
+            assert f"no record of a GPU in {missing}: name the folder" in result.err
+            assert not measurements.FILE.exists()
+
     def test_a_damaged_record_is_named(self, main, folder):
         (folder / "nvidia-t4-operator.json").write_text("{}")
         result = main("dispatch", "--records", folder)

@@ -8,6 +8,7 @@ the simulator's counters with the file.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from datetime import date
@@ -71,6 +72,8 @@ def main() -> None:
     import torch
     from counter_cases import CASES
 
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device: counters are measured on an NVIDIA GPU")
     run_all_cases()  # builds everything, so that ncu watches launches only
     rows = measure()
     if len(rows) != len(CASES):
@@ -104,4 +107,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_all_cases() if "--launch" in sys.argv else main()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
+    run_all_cases() if parser.parse_args().launch else main()

@@ -390,8 +390,12 @@ _TRY_LAUNCHERS = """
 import pickle, sys
 from convt_lab.exercises import cuda
 stage, text, problems = pickle.load(sys.stdin.buffer)
-for problem in problems:
-    cuda._Answer(stage, "", text=text).launches(problem)
+try:
+    for problem in problems:
+        cuda._Answer(stage, "", text=text).launches(problem)
+except Exception:
+    pass  # it is told when it runs
+sys.stdout.write("the end")
 """
 
 
@@ -422,6 +426,11 @@ class StageExercise(_CudaExercise):
     def _whole_text(self, answer: str) -> str:
         if _declaration(answer, self.stage, "cudaError_t"):
             return answer
+        if re.search(r'extern\s*"C"\s*cudaError_t', answer):
+            raise ValueError(
+                f"The answer has a launcher, and none that is called {self.stage!r}: that is the "
+                "name by which it is called."
+            )
         kernel = f"{self.stage}_kernel"
         if not re.search(rf"\b{kernel}\s*\(", mask_comments_and_strings(answer)):
             raise ValueError(
@@ -473,7 +482,9 @@ class StageExercise(_CudaExercise):
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             return f"The launcher {self.stage!r} crashes ({name}) before any kernel runs."
-        return None  # what it raises is told when it runs
+        if not done.stdout.endswith(b"the end"):
+            return f"The launcher {self.stage!r} ends the whole process: it must return an error."
+        return None
 
     def _names(self, compiled: _Answer) -> Mapping[str, str]:
         return {}
@@ -529,6 +540,11 @@ def _declaration(text: str, name: str, kind: str) -> str | None:
 def _types(parameters: str | None) -> list[str]:
     """Drop the names of parameters."""
     return [re.sub(r"\s*\w+\s*$", "", p).strip() for p in (parameters or "").split(",")]
+
+
+def _kinds(parameters: str) -> list[str]:
+    """Return the types of parameters without what a kernel may add or leave out."""
+    return [re.sub(r"const|__restrict__|\s", "", kind) for kind in _types(parameters)]
 
 
 # ---- A kernel of one's own ---------------------------------------------------------------------
@@ -600,8 +616,9 @@ class KernelExercise(_CudaExercise):
                 f"template); it has {found}."
             )
         wanted = _declaration(self.start, self.kernel, "__global__")
+        theirs = _declaration(text, self.kernel, "__global__")
         count = len(compiled.kernels[self.kernel].parameters)
-        if count != len(wanted.split(",")):
+        if count != len(wanted.split(",")) or (theirs and _kinds(theirs) != _kinds(wanted)):
             return f"The kernel must keep its parameters: {self.kernel}({wanted})."
         return None
 
