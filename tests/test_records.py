@@ -299,3 +299,10 @@ def test_every_record_that_is_kept_is_valid():
         for shape in record.shapes:
             for row in shape.rows:
                 assert row.kind == "pytorch" or row.status == "ok", f"{row.name} on {shape.name}"
+
+
+def test_where_records_are_is_said_where_there_is_no_folder(tmp_path):
+    with pytest.raises(records.RecordError, match=r"no record 'nvidia-h200' in .*; .*-e \.`\)$"):
+        records.load_named("nvidia-h200", tmp_path / "records")
+    with pytest.raises(records.RecordError, match="there are: none$"):
+        records.load_named("nvidia-h200", tmp_path)
