@@ -271,7 +271,7 @@ def turns(problem: Problem) -> Picture:
     axes.set_xlabel("cycles, by the model", fontsize=9, color=_INK)
     _plain(axes)
     axes.tick_params(axis="y", length=0, labelsize=9)
-    _legend(figure, [*looks.values(), ("inputs of the next stage", _GREEN)])
+    _legend(figure, [*looks.values(), ("the inputs that come next", _GREEN)])
     total = max(span.end for span in spans if span.what != "add")
     busy = sum(span.end - span.begin for span in spans if span.what != "add") / total
     numbers = f"{aligned(rows, left=(0, 1))}\ntensor cores busy: {busy:.0%} of the time"
