@@ -200,6 +200,212 @@ def test_fmaf_is_fused_and_nothing_else_is():
     assert out[1] == 0
 
 
+def values_of(names, kernel, *arrays, includes=""):
+    """Run a kernel of one thread per element, traced as well, and return what it wrote to `out`."""
+    parameters = ", ".join(f"{ctype}* {name}" for ctype, name in names)
+    source = f"{includes}\n__global__ void run({parameters}) {{ int i = threadIdx.x; {kernel} }}"
+    results = []
+    for trace in (False, True):
+        copies = [a.copy() for a in arrays]
+        lab.compile(source, "simulator").launch("run", 1, len(arrays[0]), copies, trace=trace)
+        results.append(copies[-1])
+    np.testing.assert_array_equal(results[0], results[1])
+    return results[0]
+
+
+FAST = {
+    "__expf(x[i])": np.exp,
+    "__exp10f(x[i])": lambda x: 10.0**x,
+    "__logf(x[i])": np.log,
+    "__log2f(x[i])": np.log2,
+    "__log10f(x[i])": np.log10,
+    "__powf(x[i], 1.5f)": lambda x: x**1.5,
+    "__sinf(x[i])": np.sin,
+    "__cosf(x[i])": np.cos,
+    "__tanf(x[i])": np.tan,
+    "__tanhf(x[i])": np.tanh,
+    "sinpif(x[i])": lambda x: np.sin(np.pi * x),
+    "cospif(x[i])": lambda x: np.cos(np.pi * x),
+    "float(rsqrt(double(x[i])))": lambda x: x**-0.5,
+    "rsqrtf(x[i])": lambda x: x**-0.5,
+    "__frsqrt_rn(x[i])": lambda x: x**-0.5,
+    "__fsqrt_rn(x[i])": np.sqrt,
+    "__frcp_rn(x[i])": lambda x: 1 / x,
+    "__fdiv_rn(x[i], 3.0f)": lambda x: x / 3,
+    "__fsub_rn(x[i], 0.1f)": lambda x: x - 0.1,
+    "__saturatef(x[i] - 1.0f)": lambda x: np.clip(x - 1, 0, 1),
+}
+
+
+def test_functions_of_floats():
+    x = np.array([0.3, 1.25, 2.75, 7.1], np.float32)
+    written = " ".join(f"out[{k} * 4 + i] = {code};" for k, code in enumerate(FAST))
+    out = np.zeros(len(FAST) * 4, np.float32)
+    out = values_of([("const float", "x"), ("float", "out")], written, x, out).reshape(-1, 4)
+    for row, (code, function) in zip(out, FAST.items(), strict=True):
+        np.testing.assert_allclose(
+            row, function(x.astype(float)), rtol=1e-6, atol=1e-6, err_msg=code
+        )
+
+
+def test_sines_of_whole_and_half_turns_are_exact():
+    x = np.array([0, 0.5, 1, 1.5, 2, -0.5, 1e9 + 512, np.inf], np.float32)
+    out = np.zeros(16, np.float32)
+    code = "out[i] = sinpif(x[i]); out[8 + i] = cospif(x[i]);"
+    out = values_of([("const float", "x"), ("float", "out")], code, x, out)
+    assert out[:7].tolist() == [0, 1, 0, -1, 0, -1, 0]
+    assert out[8:15].tolist() == [1, 0, -1, 0, 1, 0, 1]
+    assert np.isnan(out[[7, 15]]).all()
+
+
+def test_conversions_round_as_they_say_and_saturate():
+    x = np.array([-2.5, -1.5, 0.5, 2.7, 3e9, -3e9, 9e9, np.nan], np.float32)
+    code = """
+    out[i] = __float2int_rn(x[i]);
+    out[8 + i] = __float2int_rz(x[i]);
+    out[16 + i] = __float2int_rd(x[i]);
+    out[24 + i] = __float2int_ru(x[i]);
+    out[32 + i] = __float2uint_rz(x[i]);
+    """
+    out = np.zeros(40, np.int64)
+    out = values_of([("const float", "x"), ("long long", "out")], code, x, out).reshape(5, 8)
+    high, low = 2**31 - 1, -(2**31)
+    assert out.tolist() == [
+        [-2, -2, 0, 3, high, low, high, 0],
+        [-2, -1, 0, 2, high, low, high, 0],
+        [-3, -2, 0, 2, high, low, high, 0],
+        [-2, -1, 1, 3, high, low, high, 0],
+        [0, 0, 0, 2, 3000000000, 0, 2**32 - 1, 0],
+    ]
+
+
+def test_integer_intrinsics():
+    code = """
+    const unsigned u = unsigned(x[i]);
+    const int s = int(u);
+    out[i] = __brev(u);
+    out[4 + i] = __mulhi(s, 1 << 20);
+    out[8 + i] = __umulhi(u, 1u << 20);
+    out[12 + i] = __mul24(s, 3);
+    out[16 + i] = __umul24(u, 3u);
+    out[20 + i] = __clzll(x[i]) + 100 * __popcll(x[i]) + 10000 * __ffsll(x[i]);
+    out[24 + i] = longlong2{x[i], 1}.x + make_ulonglong2(2, 3).y;
+    """
+    x = np.array([0, 1, 0x80000001, 0x12FFFFFF], np.int64)
+    out = values_of(
+        [("const long long", "x"), ("long long", "out")], code, x, np.zeros(28, np.int64)
+    )
+    as_int = [0, 1, 0x80000001 - 2**32, 0x12FFFFFF]
+    assert out.reshape(7, 4).tolist() == [
+        [0, 1 << 31, 0x80000001, int(f"{0x12FFFFFF:032b}"[::-1], 2)],
+        [v * 2**20 >> 32 for v in as_int],
+        [v * 2**20 >> 32 for v in x.tolist()],
+        [0, 3, 3, -3],
+        [0, 3, 3, 0xFFFFFF * 3],
+        [64, 63 + 100 + 10000, 32 + 200 + 10000, 35 + 2600 + 10000],
+        [v + 3 for v in x.tolist()],
+    ]
+
+
+def test_min_and_max_of_mixed_types():
+    """As in CUDA, where both become unsigned if one is."""
+    code = """
+    const int a = x[i];
+    const long b = x[i];
+    const long long c = x[i];
+    out[i] = min(a, 3u) + max(3u, a) == a + 3u;
+    out[2 + i] = max(a, 3u) == (a < 0 ? unsigned(a) : 3u);
+    out[4 + i] = max(b, std::size_t{3}) == (b < 0 ? std::size_t(b) : 3);
+    out[6 + i] = min(c, 3ull) == (c < 0 ? 3 : 1);
+    out[8 + i] = max(a, 2) == 2 && max(2.5f, 1.0) == 2.5 && min(1.0, 2.0f) == 1.0;
+    """
+    x = np.array([-5, 1], np.int32)
+    out = values_of([("const int", "x"), ("int", "out")], code, x, np.zeros(10, np.int32))
+    assert (out == 1).all()
+
+
+def test_an_index_is_a_uint3():
+    source = """
+    __device__ unsigned sum(uint3 v) { return v.x + 10 * v.y + 100 * v.z; }
+    __device__ unsigned sum_of_sizes(dim3 v) { return v.x + 10 * v.y + 100 * v.z; }
+    __global__ void run(unsigned* out) {
+      const uint3 t = threadIdx, size = blockDim, place = dim3(1, 2, 3);
+      const dim3 blocks = gridDim;
+      out[t.x + 2 * t.y] = sum(threadIdx) + sum(place) + sum(size) + sum(blocks) +
+                           sum_of_sizes(blockDim) + sum_of_sizes(t);
+    }
+    """
+    out = np.zeros(6, np.uint32)
+    launch(source, 1, (2, 3), [out])
+    assert out.tolist() == [
+        321 + 132 + 111 + 132 + 2 * (x + 10 * y) for y in (0, 1, 2) for x in (0, 1)
+    ]
+
+
+def test_more_atomics():
+    source = """
+    __global__ void run(unsigned* out) {
+      atomicInc(out, 6u);
+      atomicDec(out + 1, 6u);
+      atomicXor(out + 2, threadIdx.x);
+      atomicAdd_block(out + 3, threadIdx.x);
+      atomicMax_system(out + 4, threadIdx.x);
+      atomicCAS_block(out + 5, 0u, 9u);
+      __threadfence_system();
+    }
+    """
+    out = np.zeros(6, np.uint32)
+    report = lab.compile(source, "simulator").launch("run", 1, 32, [out], trace=True)
+    inc = dec = 0
+    for _ in range(32):
+        inc = 0 if inc >= 6 else inc + 1
+        dec = 6 if dec == 0 or dec > 6 else dec - 1
+    xor = int(np.bitwise_xor.reduce(np.arange(32)))
+    assert out.tolist() == [inc, dec, xor, 496, 31, 9]
+    assert sorted(site.line for site in report.sites) == [3, 4, 5, 6, 7, 8]
+
+
+def test_cache_hints_are_counted_as_plain_accesses():
+    hinted = """
+    __global__ void run(const float4* x, float* out) {
+      const int i = threadIdx.x;
+      __stcs(out + i, __ldcs(x + i).x);
+      __stcg(out + 32 + i, __ldcg(&x[i].y));
+    }
+    """
+    plain = """
+    __global__ void run(const float4* x, float* out) {
+      const int i = threadIdx.x;
+      out[i] = x[i].x;
+      out[32 + i] = x[i].y;
+    }
+    """
+    x, outs, reports = np.arange(128, dtype=np.float32), [], []
+    for source in (hinted, plain.replace("x[i].x", "__ldg(x + i).x")):
+        outs.append(np.zeros(64, np.float32))
+        program = lab.compile(source, "simulator")
+        reports.append(program.launch("run", 1, 32, [x, outs[-1]], trace=True))
+    assert outs[0].tolist() == outs[1].tolist() == x[::4].tolist() + x[1::4].tolist()
+    first, second = (
+        [(s.line, s.op, s.requests, s.sectors, s.bytes_requested) for s in r.sites] for r in reports
+    )
+    assert first == second
+
+
+def test_a_clock_goes_on():
+    source = """
+    __global__ void run(int* out) {
+      const long long start = clock64();
+      const clock_t before = clock();
+      while (clock64() - start < 1000) {}
+      *out = clock() >= before;
+    }
+    """
+    out = np.zeros(1, np.int32)
+    launch(source, 1, 1, [out])
+    assert out[0] == 1
+
+
 class TestFaults:
     """A kernel that fails is an exception that says where, and Python lives on."""
 

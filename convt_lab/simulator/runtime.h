@@ -8,10 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 
+struct uint3;  // CUDA's type
+
 extern "C" {
 
 struct CudasimIndex {
   unsigned x, y, z;
+  operator uint3() const;  // defined where uint3 is
 };
 
 struct CudasimLaunch {
