@@ -342,6 +342,33 @@ def test_an_index_is_a_uint3():
     ]
 
 
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "static __shared__ float s[4][8];",
+        "__shared__ static float s[4][8];",
+        "extern __shared__ float s[][8];",
+        "__shared__ extern float s[][8];",
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_ways_to_declare_shared_arrays(declared, inside):
+    source = f"""
+    {"" if inside else declared}
+    __global__ void run(float* out) {{
+      {declared if inside else ""}
+      const int i = threadIdx.x;
+      s[i / 8][i % 8] = i;
+      __syncthreads();
+      out[i] = s[3 - i / 8][7 - i % 8];
+    }}
+    """
+    out = np.zeros(32, np.float32)
+    report = lab.compile(source, "simulator").launch("run", 1, 32, [out], 128, trace=True)
+    assert out.tolist() == list(range(31, -1, -1))
+    assert {site.buffer for site in report.sites} == {"s", "out"}
+
+
 def test_more_atomics():
     source = """
     __global__ void run(unsigned* out) {
