@@ -484,6 +484,54 @@ class TestFaults:
             block=4,
         )
 
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            ("exit(1);", "can't call exit"),
+            ("std::exit(1);", "can't call exit"),
+            ("abort();", "can't call abort"),
+            ("std::abort();", "can't call abort"),
+            ("throw std::bad_alloc();", "can't throw"),
+            ("child<<<1, 4>>>(x);", "can't launch kernels here"),
+        ],
+    )
+    def test_what_only_a_launcher_may_do(self, code, message):
+        source = f"""
+            #include <cstdlib>
+            #include <stdlib.h>
+            #include <new>
+            __global__ void child(int* x) {{ x[threadIdx.x] = 1; }}
+            __global__ void run(int* x) {{
+              __syncthreads();
+              if (threadIdx.x == 2) {{ {code} }}
+              __syncthreads();
+            }}
+            """
+        x = np.zeros(4, np.int32)
+        for _ in range(3):
+            self.check(source, rf"thread \(2, 0, 0\): a kernel {message}", [x], grid=3, block=8)
+        expected = lab.CompileError if "throw" in code else lab.KernelError
+        with pytest.raises(expected, match="exception" if "throw" in code else message):
+            lab.compile(source, "simulator").launch("run", 1, 8, [x], trace=True)
+
+    def test_an_exception_that_is_caught_is_none_of_our_business(self):
+        source = """
+        #include <stdexcept>
+        __global__ void run(int* x) { *x = 3; }
+        extern "C" cudaError_t go(int* x, cudaStream_t stream) {
+          try {
+            throw std::runtime_error("a launcher may");
+          } catch (const std::exception&) {
+            run<<<1, 1, 0, stream>>>(x);
+          }
+          return cudaGetLastError();
+        }
+        """
+        x = np.zeros(1, np.int32)
+        array = Array.of("x", torch.from_numpy(x), written=True)
+        lab.compile(source, "simulator").call("go", array)
+        assert x[0] == 3
+
     def test_a_stack_that_overflows(self):
         self.check(
             """

@@ -42,6 +42,23 @@ using ::cudasim_printf;
 }
 #define printf cudasim_printf
 
+// ---- Ways to end the process, which nvcc refuses in a kernel ------------------------------------
+
+[[noreturn]] inline void cudasim_exit(int status) {
+  if (cudasim_in_kernel()) cudasim_trap("a kernel can't call exit");
+  std::exit(status);
+}
+[[noreturn]] inline void cudasim_abort() {
+  if (cudasim_in_kernel()) cudasim_trap("a kernel can't call abort");
+  std::abort();
+}
+namespace std {
+using ::cudasim_abort;
+using ::cudasim_exit;
+}  // namespace std
+#define exit cudasim_exit
+#define abort cudasim_abort
+
 // ---- Keywords ---------------------------------------------------------------------------------
 
 #define __global__
@@ -141,13 +158,23 @@ struct BoundKernel {
 
   static void run(const void* self) {
     const auto& bound = *static_cast<const BoundKernel*>(self);
+#ifdef __cpp_exceptions
+    try {
+      std::apply(bound.kernel, bound.arguments);
+      return;
+    } catch (...) {
+    }
+    cudasim_trap("a kernel can't throw an exception");
+#else
     std::apply(bound.kernel, bound.arguments);
+#endif
   }
 };
 
 template <class... P, class... A>
 void operator%(void (*kernel)(P...), Call<A...> call) {
   static_assert(sizeof...(P) == sizeof...(A), "the kernel takes another number of arguments");
+  if (cudasim_in_kernel()) cudasim_trap("a kernel can't launch kernels here");
   const BoundKernel<P...> bound{kernel, std::tuple<P...>(std::move(call.arguments))};
   const CudasimLaunch launch{{call.grid.x, call.grid.y, call.grid.z},
                              {call.block.x, call.block.y, call.block.z},
