@@ -419,6 +419,66 @@ def test_cache_hints_are_counted_as_plain_accesses():
     assert first == second
 
 
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        ("cooperative_groups.h", "cooperative groups"),
+        ("mma.h", "wmma fragments"),
+        ("curand_kernel.h", "cuRAND"),
+        ("cub/cub.cuh", "CUB"),
+    ],
+)
+def test_a_library_that_is_not_there_is_named(header, what):
+    with pytest.raises(lab.CompileError, match=f"no {what}.*appendix") as caught:
+        lab.compile(f"\n#include <{header}>\n__global__ void run() {{}}", "simulator").launch(
+            "run", 1, 1, []
+        )
+    assert header in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cudaMalloc(&x, 4)",
+        "cudaMallocManaged(&x, 4)",
+        "cudaMemcpy(x, x, 4, cudaMemcpyHostToDevice)",
+        "cudaFree(x)",
+    ],
+)
+def test_memory_that_nobody_has_to_allocate(call):
+    source = f"__global__ void run(int* x) {{}}\nint main() {{ int* x = 0; {call}; }}"
+    with pytest.raises(lab.CompileError, match=f"no {call.partition('(')[0]} is needed") as caught:
+        launch(source, 1, 1, [np.zeros(1, np.int32)])
+    assert caught.value.line == 2
+
+
+def test_headers_that_many_a_source_includes():
+    source = """
+    #include <cuda.h>
+    #include <cuda_runtime_api.h>
+    #include <device_launch_parameters.h>
+    #include <math_constants.h>
+    __global__ void run(double* out) {
+      out[0] = CUDART_INF_F;
+      out[1] = -CUDART_INF;
+      out[2] = CUDART_NAN_F;
+      out[3] = CUDART_NAN;
+      out[4] = CUDART_PI_F;
+      out[5] = CUDART_PI;
+      out[6] = CUDART_MAX_NORMAL_F;
+      out[7] = CUDA_VERSION;
+      out[8] = __longlong_as_double(__double_as_longlong(1.5) + 1);
+    }
+    """
+    out = np.zeros(9)
+    launch(source, 1, 1, [out])
+    assert np.isnan(out[2:4]).all()
+    assert out[[0, 1, 4, 5, 6, 7, 8]].tolist() == [
+        *(np.inf, -np.inf, np.float32(np.pi), np.pi, np.finfo(np.float32).max, 13000),
+        np.nextafter(1.5, 2),
+    ]
+
+
 def test_a_clock_goes_on():
     source = """
     __global__ void run(int* out) {

@@ -459,6 +459,12 @@ inline unsigned __float_as_uint(float a) {
 }
 inline float __int_as_float(int a) { return cudasim::from_bits<float>(cudasim::to_bits(a)); }
 inline float __uint_as_float(unsigned a) { return cudasim::from_bits<float>(cudasim::to_bits(a)); }
+inline long long __double_as_longlong(double a) {
+  return cudasim::from_bits<long long>(cudasim::to_bits(a));
+}
+inline double __longlong_as_double(long long a) {
+  return cudasim::from_bits<double>(cudasim::to_bits(a));
+}
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
 inline int __popcll(unsigned long long a) { return __builtin_popcountll(a); }
 inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(static_cast<unsigned>(a)); }
@@ -694,3 +700,26 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribu
   }
   return cudaSuccess;
 }
+
+// What is known by name only, so that the compiler can say what to do instead: nothing here copies
+// from a host to a device.
+#define CUDASIM_NOT_NEEDED(name)                                                            \
+  template <class... A>                                                                     \
+  __attribute__((error("pass arrays to launch: no " #name " is needed"))) cudaError_t name( \
+      A&&...);
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
+CUDASIM_NOT_NEEDED(cudaMalloc)
+CUDASIM_NOT_NEEDED(cudaMallocManaged)
+CUDASIM_NOT_NEEDED(cudaMallocHost)
+CUDASIM_NOT_NEEDED(cudaMemcpy)
+CUDASIM_NOT_NEEDED(cudaMemcpyAsync)
+CUDASIM_NOT_NEEDED(cudaMemset)
+CUDASIM_NOT_NEEDED(cudaFree)
+CUDASIM_NOT_NEEDED(cudaFreeHost)
+#undef CUDASIM_NOT_NEEDED
