@@ -1,9 +1,11 @@
 """The simulator: CUDA's language and execution model on a CPU."""
 
+import bisect
 import ctypes
 import subprocess
 import sys
 import textwrap
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -715,6 +717,142 @@ def test_pairs_of_float16_are_rounded_and_compared():
     assert out.tolist() == [-a, c, b]
     launch(source, 1, 1, [np.array([np.nan, -np.inf, 2.0], np.float32), out])
     assert out.tolist() == [2.0, np.inf, -np.inf]  # what is a number is larger than what is none
+
+
+HALF = {
+    "a + b": lambda a, b: a + b,
+    "a - b": lambda a, b: a - b,
+    "a * b": lambda a, b: a * b,
+    "a / b": lambda a, b: a / b,
+    "__hadd(a, -b)": lambda a, b: a - b,
+    "__hmul(a, __habs(b))": lambda a, b: a * abs(b),
+    "__hmax(a, b)": lambda a, b: max(a, b),
+    "__hmin(a, b)": lambda a, b: min(a, b),
+    "hsqrt(__habs(a))": None,
+    "a < b ? T(1) : T(2.0)": lambda a, b: Fraction(1 if a < b else 2),
+    "(a += b, a *= b, a)": None,
+    "T((double)(float)a * (float)b)": lambda a, b: a * b,
+    "__hfma(a, b, c)": None,
+}
+
+
+def nearest_of(exact, values, least_infinite):
+    """The element of `values`, sorted and from zero on, that rounding to even gives."""
+    magnitude = abs(exact)
+    if magnitude >= least_infinite:
+        return np.inf if exact > 0 else -np.inf
+    above = bisect.bisect_left(values, magnitude)
+    if above == len(values):
+        found = above - 1
+    elif values[above] == magnitude or above == 0:
+        found = above
+    else:
+        low, high = magnitude - values[above - 1], values[above] - magnitude
+        found = above if high < low or (high == low and above % 2 == 0) else above - 1
+    return float(values[found]) * (1 if exact >= 0 else -1)
+
+
+@pytest.mark.parametrize(
+    ("ctype", "header"), [("half", "cuda_fp16.h"), ("__nv_bfloat16", "cuda_bf16.h")]
+)
+def test_arithmetic_of_16_bits_is_rounded_once(ctype, header):
+    dtype = torch.float16 if ctype == "half" else torch.bfloat16
+    patterns = torch.arange(0x8000, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    values = [Fraction(v) for v in patterns[torch.isfinite(patterns)].tolist()]
+    overflow = values[-1] + (values[-1] - values[-2]) / 2
+    generator = torch.Generator().manual_seed(1)
+    finite = len(values)
+    # Numbers of every size and, as often, neighbours in size; then what is a tie but for a trifle.
+    bits = torch.randint(0, finite, (3, 1024), generator=generator)
+    near = torch.randint(0x3800, 0x3F00, (3, 1024), generator=generator)
+    all_bits = torch.cat([bits, near], 1).to(torch.int16)
+    signs = torch.where(torch.rand(all_bits.shape, generator=generator) < 0.5, 1.0, -1.0)
+    abc = (all_bits.view(dtype).float() * signs).reshape(3, -1)
+    abc[:, 0] = torch.tensor(
+        [1 + 2.0**-7, 1 + 2.0**-1, 2.0**-24] if ctype != "half" else [1 + 2.0**-10, 1.5, 2.0**-24]
+    )
+    if ctype != "half":
+        abc[:, 1] = torch.tensor([1 + 2.0**-7, 1 + 2.0**-1, -(2.0**-100)])
+    n = abc.shape[1]
+    codes = " ".join(
+        f"{{ T a = x[i], b = x[{n} + i], c = x[{2 * n} + i]; out[{k * n} + i] = {code}; }}"
+        for k, code in enumerate(HALF)
+    )
+    source = f"""
+    #include <{header}>
+    using T = {ctype};
+    __global__ void run(const float* x, float* out) {{
+      const int i = blockIdx.x * blockDim.x + threadIdx.x;
+      {codes}
+    }}
+    """
+    out = np.zeros((len(HALF), n), np.float32)
+    launch(source, n // 128, 128, [abc.numpy(), out])
+
+    def rounded(exact):
+        return nearest_of(exact, values, overflow)
+
+    for i in range(n):
+        a, b, c = (Fraction(v) for v in abc[:, i].tolist())
+        for row, (code, function) in zip(out, HALF.items(), strict=True):
+            if code.startswith("hsqrt"):
+                wanted = float(torch.tensor(float(abs(a))).double().sqrt().to(dtype))
+            elif code.startswith("(a +="):
+                total = rounded(a + b)
+                if np.isinf(total):
+                    continue
+                wanted = rounded(Fraction(total) * b)
+            elif code.startswith("__hfma"):
+                wanted = rounded(a * b + c)
+            elif code == "a / b" and b == 0:
+                continue
+            else:
+                wanted = rounded(function(a, b))
+            assert row[i] == wanted, (code, a, b, c)
+
+
+def test_special_values_conversions_and_pairs_of_16_bits():
+    source = """
+    #include <cuda_bf16.h>
+    #include <cuda_fp16.h>
+    #define AT(k) out[k]
+    template <class T>
+    __device__ void values(const float* x, float* out) {
+      const T one = 1.0f, three = 3, none = x[0], infinite = x[1];
+      const T nan_sum = infinite - infinite;
+      AT(0) = __hisnan(none) + 2 * __hisnan(nan_sum) + 4 * (none != none) + 8 * (one == T(1));
+      AT(1) = __hmax(none, one);
+      AT(2) = float(infinite) - 0.5f;
+      AT(3) = (int)three + __hisinf(-infinite);
+      AT(4) = __hfma(infinite, one, three);
+      AT(5) = static_cast<float>(T(1e300));
+      AT(6) = __shfl_down_sync(1u, one, 0);
+      AT(7) = hrcp(T(4)) + hexp(T(0)) + hrsqrt(T(4));
+    }
+    __global__ void run(const float* x, float* out, half* sum, half2* pairs) {
+      values<half>(x, out);
+      values<__nv_bfloat16>(x, out + 8);
+      atomicAdd(sum, half(1.5f));
+      atomicAdd(sum, __float2half(2.0f));
+      const half2 a = __halves2half2(1.0f, half(2)), b = make_half2(half(3), half(4));
+      pairs[0] = __hfma2(a, b, __hadd2(a, b));
+      pairs[1] = (a - b) / b * a;
+      out[16] = __high2float(-a) + __low2float(__hmin2(a, b));
+      out[17] = __bfloat1622float2(__floats2bfloat162_rn(1, 2) * __float2bfloat162_rn(3)).y;
+      out[18] = __half_as_ushort(__ushort_as_half(0x3C01));
+    }
+    """
+    x = np.array([np.nan, np.inf], np.float32)
+    out, total, pairs = np.zeros(19, np.float32), np.zeros(1, np.float16), np.zeros(4, np.float16)
+    for trace in (False, True):
+        total[:] = 0
+        lab.compile(source, "simulator").launch("run", 1, 1, [x, out, total, pairs], trace=trace)
+        for values in (out[:8], out[8:16]):
+            assert values.tolist() == [15, 1, np.inf, 2, np.inf, np.inf, 1, 1.75]
+        assert out[16:].tolist() == [-1, 6, 0x3C01]
+        assert total[0] == 3.5
+        a, b = np.array([1, 2], np.float16), np.array([3, 4], np.float16)
+        assert pairs.tolist() == [*(a * b + a + b), *((a - b) / b * a)]
 
 
 def test_the_ucontext_fallback_runs_the_same_programs(tmp_path):

@@ -540,8 +540,10 @@ namespace cudasim {
 // told by the caller, and not the loads and stores of this loop.
 template <class T, class F>
 __attribute__((noinline, no_sanitize("thread"))) T atomic_update(T* address, F update) {
-  using Bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
-  static_assert(sizeof(T) == sizeof(Bits), "atomics work on 4 and 8 bytes");
+  using Bits = std::conditional_t<sizeof(T) == 8, std::uint64_t,
+                                  std::conditional_t<sizeof(T) == 2, std::uint16_t, std::uint32_t>>;
+  static_assert(sizeof(T) == sizeof(Bits) && !std::is_same_v<T, short>,
+                "atomics work on 4 and 8 bytes, and on float16 and bfloat16");
   auto* bits = reinterpret_cast<Bits*>(address);
   Bits old = __atomic_load_n(bits, __ATOMIC_RELAXED), wanted;
   do {
