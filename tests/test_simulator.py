@@ -761,18 +761,14 @@ def test_arithmetic_of_16_bits_is_rounded_once(ctype, header):
     values = [Fraction(v) for v in patterns[torch.isfinite(patterns)].tolist()]
     overflow = values[-1] + (values[-1] - values[-2]) / 2
     generator = torch.Generator().manual_seed(1)
-    finite = len(values)
     # Numbers of every size and, as often, neighbours in size; then what is a tie but for a trifle.
-    bits = torch.randint(0, finite, (3, 1024), generator=generator)
+    bits = torch.randint(0, len(values), (3, 1024), generator=generator)
     near = torch.randint(0x3800, 0x3F00, (3, 1024), generator=generator)
     all_bits = torch.cat([bits, near], 1).to(torch.int16)
     signs = torch.where(torch.rand(all_bits.shape, generator=generator) < 0.5, 1.0, -1.0)
     abc = (all_bits.view(dtype).float() * signs).reshape(3, -1)
-    abc[:, 0] = torch.tensor(
-        [1 + 2.0**-7, 1 + 2.0**-1, 2.0**-24] if ctype != "half" else [1 + 2.0**-10, 1.5, 2.0**-24]
-    )
-    if ctype != "half":
-        abc[:, 1] = torch.tensor([1 + 2.0**-7, 1 + 2.0**-1, -(2.0**-100)])
+    tie, trifle = [1 + torch.finfo(dtype).eps, 1.5], torch.finfo(dtype).tiny
+    abc[:, :2] = torch.tensor([[*tie, trifle], [*tie, -trifle]]).T
     n = abc.shape[1]
     codes = " ".join(
         f"{{ T a = x[i], b = x[{n} + i], c = x[{2 * n} + i]; out[{k * n} + i] = {code}; }}"
