@@ -851,6 +851,41 @@ def test_special_values_conversions_and_pairs_of_16_bits():
         assert pairs.tolist() == [*(a * b + a + b), *((a - b) / b * a)]
 
 
+@pytest.mark.parametrize(
+    ("ctype", "header"), [("half", "cuda_fp16.h"), ("__nv_bfloat16", "cuda_bf16.h")]
+)
+def test_accesses_to_16_bits_are_counted(ctype, header):
+    source = f"""
+    #include <{header}>
+    using T = {ctype};
+    __global__ void run(const T* x, const T* y, float* out, T* z) {{
+      __shared__ T s[32];
+      __shared__ T unused[2][32];
+      const int i = threadIdx.x;
+      s[i] = x[i] + y[i];
+      if (i > 40) s[i] = unused[0][i];
+      out[i] = s[31 - i];
+      z[i] = __hfma(x[i], s[i], y[i]);
+      z[i] += x[i];
+      z[i] = __shfl_sync(0xFFFFFFFFu, z[i], 0);
+      z[i] = 1.0f;
+    }}
+    """
+    x, y, z = (np.ones(32, np.float16) for _ in range(3))
+    report = lab.compile(source, "simulator").launch(
+        "run", 1, 32, [x, y, np.zeros(32, np.float32), z], trace=True
+    )
+    found = {(site.line - 8, site.op, site.buffer, site.requests) for site in report.sites}
+    assert found == {
+        *((0, "load", "x", 1), (0, "load", "y", 1), (0, "store", "s", 1)),
+        *((2, "load", "s", 1), (2, "store", "out", 1)),
+        *((3, "load", "x", 1), (3, "load", "s", 1), (3, "load", "y", 1), (3, "store", "z", 1)),
+        *((4, "load", "x", 1), (4, "load", "z", 1), (4, "store", "z", 1)),
+        *((5, "load", "z", 1), (5, "store", "z", 1)),
+        (6, "store", "z", 1),
+    }
+
+
 def test_the_ucontext_fallback_runs_the_same_programs(tmp_path):
     """The portable way to switch stacks, used where there is no hand-written one."""
     code = """

@@ -14,11 +14,11 @@ struct alignas(2) __nv_bfloat16 : cudasim::Sixteen<__nv_bfloat16> {
 
   __nv_bfloat16() = default;
   template <class T, class = std::enable_if_t<std::is_arithmetic_v<T>>>
-  __nv_bfloat16(T a)
+  __forceinline__ __nv_bfloat16(T a)
       : __nv_bfloat16(__float2bfloat16_rn(cudasim::to_odd(static_cast<double>(a)))) {}
-  operator float() const { return __bfloat162float(*this); }
+  __forceinline__ operator float() const { return __bfloat162float(*this); }
 
-  static __nv_bfloat16 of_bits(unsigned bits) {
+  static __forceinline__ __nv_bfloat16 of_bits(unsigned bits) {
     __nv_bfloat16 a;
     a.bits = static_cast<std::uint16_t>(bits);
     return a;
@@ -26,22 +26,24 @@ struct alignas(2) __nv_bfloat16 : cudasim::Sixteen<__nv_bfloat16> {
 };
 using nv_bfloat16 = __nv_bfloat16;
 
-inline float __bfloat162float(__nv_bfloat16 a) {
+__forceinline__ float __bfloat162float(__nv_bfloat16 a) {
   return __uint_as_float(static_cast<std::uint32_t>(a.bits) << 16);
 }
 
-inline __nv_bfloat16 __float2bfloat16_rn(float a) {
+__forceinline__ __nv_bfloat16 __float2bfloat16_rn(float a) {
   const std::uint32_t all = __float_as_uint(a);
   const bool is_nan = (all & 0x7FFFFFFFu) > 0x7F800000u;
   return __nv_bfloat16::of_bits(is_nan ? 0x7FFFu  // NVIDIA's NaN
                                        : (all + 0x7FFFu + (all >> 16 & 1u)) >> 16);
 }
-inline __nv_bfloat16 __float2bfloat16(float a) { return __float2bfloat16_rn(a); }
-inline __nv_bfloat16 __double2bfloat16(double a) { return a; }
-inline __nv_bfloat16 __int2bfloat16_rn(int a) { return a; }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short a) { return __nv_bfloat16::of_bits(a); }
-inline int __hisinf(__nv_bfloat16 a) {
+__forceinline__ __nv_bfloat16 __float2bfloat16(float a) { return __float2bfloat16_rn(a); }
+__forceinline__ __nv_bfloat16 __double2bfloat16(double a) { return a; }
+__forceinline__ __nv_bfloat16 __int2bfloat16_rn(int a) { return a; }
+__forceinline__ unsigned short __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }
+__forceinline__ __nv_bfloat16 __ushort_as_bfloat16(unsigned short a) {
+  return __nv_bfloat16::of_bits(a);
+}
+__forceinline__ int __hisinf(__nv_bfloat16 a) {
   return (a.bits & 0x7FFFu) != 0x7F80u ? 0 : a.bits == 0x7F80u ? 1 : -1;
 }
 
@@ -49,19 +51,21 @@ struct alignas(4) __nv_bfloat162 : cudasim::SixteenPair<__nv_bfloat162> {
   __nv_bfloat16 x, y;
 
   __nv_bfloat162() = default;
-  __nv_bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) : x(x), y(y) {}
+  __forceinline__ __nv_bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) : x(x), y(y) {}
 };
 using nv_bfloat162 = __nv_bfloat162;
 
-inline __nv_bfloat162 make_bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
-inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
-inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 a) { return {a, a}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+__forceinline__ __nv_bfloat162 make_bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
+__forceinline__ __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) {
+  return {a, b};
+}
+__forceinline__ __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 a) { return {a, a}; }
+__forceinline__ __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
 }
-inline __nv_bfloat162 __float2bfloat162_rn(float a) { return __floats2bfloat162_rn(a, a); }
-inline float2 __bfloat1622float2(__nv_bfloat162 a) {
+__forceinline__ __nv_bfloat162 __float2bfloat162_rn(float a) { return __floats2bfloat162_rn(a, a); }
+__forceinline__ float2 __bfloat1622float2(__nv_bfloat162 a) {
   return make_float2(__bfloat162float(a.x), __bfloat162float(a.y));
 }
-inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 a) { return a.x; }
-inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 a) { return a.y; }
+__forceinline__ __nv_bfloat16 __low2bfloat16(__nv_bfloat162 a) { return a.x; }
+__forceinline__ __nv_bfloat16 __high2bfloat16(__nv_bfloat162 a) { return a.y; }

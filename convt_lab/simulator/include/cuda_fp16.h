@@ -14,10 +14,10 @@ struct alignas(2) __half : cudasim::Sixteen<__half> {
 
   __half() = default;
   template <class T, class = std::enable_if_t<std::is_arithmetic_v<T>>>
-  __half(T a) : __half(__float2half_rn(cudasim::to_odd(static_cast<double>(a)))) {}
-  operator float() const { return __half2float(*this); }
+  __forceinline__ __half(T a) : __half(__float2half_rn(cudasim::to_odd(static_cast<double>(a)))) {}
+  __forceinline__ operator float() const { return __half2float(*this); }
 
-  static __half of_bits(unsigned bits) {
+  static __forceinline__ __half of_bits(unsigned bits) {
     __half a;
     a.bits = static_cast<std::uint16_t>(bits);
     return a;
@@ -25,7 +25,7 @@ struct alignas(2) __half : cudasim::Sixteen<__half> {
 };
 using half = __half;
 
-inline float __half2float(__half a) {
+__forceinline__ float __half2float(__half a) {
   const std::uint32_t sign = (a.bits & 0x8000u) << 16, magnitude = a.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u) {  // infinite, or not a number
     return __uint_as_float(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
@@ -35,7 +35,7 @@ inline float __half2float(__half a) {
   return __uint_as_float(sign | __float_as_uint(value));
 }
 
-inline __half __float2half_rn(float a) {
+__forceinline__ __half __float2half_rn(float a) {
   const std::uint32_t all = __float_as_uint(a);
   const std::uint32_t magnitude = all & 0x7FFFFFFFu, sign = all >> 16 & 0x8000u;
   std::uint32_t rounded;
@@ -51,17 +51,19 @@ inline __half __float2half_rn(float a) {
   }
   return __half::of_bits(sign | rounded);
 }
-inline __half __float2half(float a) { return __float2half_rn(a); }
-inline __half __double2half(double a) { return a; }
-inline __half __int2half_rn(int a) { return a; }
-inline __half __uint2half_rn(unsigned a) { return a; }
-inline int __half2int_rn(__half a) { return __float2int_rn(a); }
-inline int __half2int_rz(__half a) { return __float2int_rz(a); }
-inline unsigned short __half_as_ushort(__half a) { return a.bits; }
-inline __half __ushort_as_half(unsigned short a) { return __half::of_bits(a); }
-inline short __half_as_short(__half a) { return static_cast<short>(a.bits); }
-inline __half __short_as_half(short a) { return __half::of_bits(static_cast<std::uint16_t>(a)); }
-inline int __hisinf(__half a) {
+__forceinline__ __half __float2half(float a) { return __float2half_rn(a); }
+__forceinline__ __half __double2half(double a) { return a; }
+__forceinline__ __half __int2half_rn(int a) { return a; }
+__forceinline__ __half __uint2half_rn(unsigned a) { return a; }
+__forceinline__ int __half2int_rn(__half a) { return __float2int_rn(a); }
+__forceinline__ int __half2int_rz(__half a) { return __float2int_rz(a); }
+__forceinline__ unsigned short __half_as_ushort(__half a) { return a.bits; }
+__forceinline__ __half __ushort_as_half(unsigned short a) { return __half::of_bits(a); }
+__forceinline__ short __half_as_short(__half a) { return static_cast<short>(a.bits); }
+__forceinline__ __half __short_as_half(short a) {
+  return __half::of_bits(static_cast<std::uint16_t>(a));
+}
+__forceinline__ int __hisinf(__half a) {
   return (a.bits & 0x7FFFu) != 0x7C00u ? 0 : a.bits == 0x7C00u ? 1 : -1;
 }
 
@@ -69,23 +71,23 @@ struct alignas(4) __half2 : cudasim::SixteenPair<__half2> {
   __half x, y;
 
   __half2() = default;
-  __half2(__half x, __half y) : x(x), y(y) {}
+  __forceinline__ __half2(__half x, __half y) : x(x), y(y) {}
 };
 using half2 = __half2;
 
-inline __half2 make_half2(__half a, __half b) { return {a, b}; }
-inline __half2 __halves2half2(__half a, __half b) { return {a, b}; }
-inline __half2 __half2half2(__half a) { return {a, a}; }
-inline __half2 __floats2half2_rn(float a, float b) {
+__forceinline__ __half2 make_half2(__half a, __half b) { return {a, b}; }
+__forceinline__ __half2 __halves2half2(__half a, __half b) { return {a, b}; }
+__forceinline__ __half2 __half2half2(__half a) { return {a, a}; }
+__forceinline__ __half2 __floats2half2_rn(float a, float b) {
   return {__float2half_rn(a), __float2half_rn(b)};
 }
-inline __half2 __float2half2_rn(float a) { return __floats2half2_rn(a, a); }
-inline __half2 __float22half2_rn(float2 a) { return __floats2half2_rn(a.x, a.y); }
-inline float2 __half22float2(__half2 a) {
+__forceinline__ __half2 __float2half2_rn(float a) { return __floats2half2_rn(a, a); }
+__forceinline__ __half2 __float22half2_rn(float2 a) { return __floats2half2_rn(a.x, a.y); }
+__forceinline__ float2 __half22float2(__half2 a) {
   return make_float2(__half2float(a.x), __half2float(a.y));
 }
-inline __half __low2half(__half2 a) { return a.x; }
-inline __half __high2half(__half2 a) { return a.y; }
-inline __half2 __low2half2(__half2 a) { return {a.x, a.x}; }
-inline __half2 __high2half2(__half2 a) { return {a.y, a.y}; }
-inline __half2 __lowhigh2highlow(__half2 a) { return {a.y, a.x}; }
+__forceinline__ __half __low2half(__half2 a) { return a.x; }
+__forceinline__ __half __high2half(__half2 a) { return a.y; }
+__forceinline__ __half2 __low2half2(__half2 a) { return {a.x, a.x}; }
+__forceinline__ __half2 __high2half2(__half2 a) { return {a.y, a.y}; }
+__forceinline__ __half2 __lowhigh2highlow(__half2 a) { return {a.y, a.x}; }

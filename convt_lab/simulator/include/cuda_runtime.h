@@ -65,7 +65,9 @@ using ::cudasim_exit;
 #define __device__
 #define __host__
 #define __constant__
-#define __shared__ static thread_local
+// __constinit: of a class that has constructors, too, without a flag that says if it was
+// initialised.
+#define __shared__ __constinit static thread_local
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -293,22 +295,22 @@ T shuffle(unsigned mask, T value, int from, bool valid) {
 }  // namespace cudasim
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
   const int base = cudasim::lane() / width * width;
   return cudasim::shuffle(mask, value, base + (source & (width - 1)), true);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
   const int lane = cudasim::lane(), from = lane - static_cast<int>(delta);
   return cudasim::shuffle(mask, value, from, from >= lane / width * width);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
   const int lane = cudasim::lane(), from = lane + static_cast<int>(delta);
   return cudasim::shuffle(mask, value, from, from < (lane / width + 1) * width);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
   const int lane = cudasim::lane(), from = lane ^ lane_mask;
   return cudasim::shuffle(mask, value, from, from < (lane / width + 1) * width);
 }
