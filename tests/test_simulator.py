@@ -1,9 +1,11 @@
 """The simulator: CUDA's language and execution model on a CPU."""
 
+import bisect
 import ctypes
 import subprocess
 import sys
 import textwrap
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -200,6 +202,299 @@ def test_fmaf_is_fused_and_nothing_else_is():
     assert out[1] == 0
 
 
+def values_of(names, kernel, *arrays, includes=""):
+    """Run a kernel of one thread per element, traced as well, and return what it wrote to `out`."""
+    parameters = ", ".join(f"{ctype}* {name}" for ctype, name in names)
+    source = f"{includes}\n__global__ void run({parameters}) {{ int i = threadIdx.x; {kernel} }}"
+    results = []
+    for trace in (False, True):
+        copies = [a.copy() for a in arrays]
+        lab.compile(source, "simulator").launch("run", 1, len(arrays[0]), copies, trace=trace)
+        results.append(copies[-1])
+    np.testing.assert_array_equal(results[0], results[1])
+    return results[0]
+
+
+FAST = {
+    "__expf(x[i])": np.exp,
+    "__exp10f(x[i])": lambda x: 10.0**x,
+    "__logf(x[i])": np.log,
+    "__log2f(x[i])": np.log2,
+    "__log10f(x[i])": np.log10,
+    "__powf(x[i], 1.5f)": lambda x: x**1.5,
+    "__sinf(x[i])": np.sin,
+    "__cosf(x[i])": np.cos,
+    "__tanf(x[i])": np.tan,
+    "__tanhf(x[i])": np.tanh,
+    "sinpif(x[i])": lambda x: np.sin(np.pi * x),
+    "cospif(x[i])": lambda x: np.cos(np.pi * x),
+    "float(rsqrt(double(x[i])))": lambda x: x**-0.5,
+    "rsqrtf(x[i])": lambda x: x**-0.5,
+    "__frsqrt_rn(x[i])": lambda x: x**-0.5,
+    "__fsqrt_rn(x[i])": np.sqrt,
+    "__frcp_rn(x[i])": lambda x: 1 / x,
+    "__fdiv_rn(x[i], 3.0f)": lambda x: x / 3,
+    "__fsub_rn(x[i], 0.1f)": lambda x: x - 0.1,
+    "__saturatef(x[i] - 1.0f)": lambda x: np.clip(x - 1, 0, 1),
+}
+
+
+def test_functions_of_floats():
+    x = np.array([0.3, 1.25, 2.75, 7.1], np.float32)
+    written = " ".join(f"out[{k} * 4 + i] = {code};" for k, code in enumerate(FAST))
+    out = np.zeros(len(FAST) * 4, np.float32)
+    out = values_of([("const float", "x"), ("float", "out")], written, x, out).reshape(-1, 4)
+    for row, (code, function) in zip(out, FAST.items(), strict=True):
+        np.testing.assert_allclose(
+            row, function(x.astype(float)), rtol=1e-6, atol=1e-6, err_msg=code
+        )
+
+
+def test_sines_of_whole_and_half_turns_are_exact():
+    x = np.array([0, 0.5, 1, 1.5, 2, -0.5, 1e9 + 512, np.inf], np.float32)
+    out = np.zeros(16, np.float32)
+    code = "out[i] = sinpif(x[i]); out[8 + i] = cospif(x[i]);"
+    out = values_of([("const float", "x"), ("float", "out")], code, x, out)
+    assert out[:7].tolist() == [0, 1, 0, -1, 0, -1, 0]
+    assert out[8:15].tolist() == [1, 0, -1, 0, 1, 0, 1]
+    assert np.isnan(out[[7, 15]]).all()
+
+
+def test_conversions_round_as_they_say_and_saturate():
+    x = np.array([-2.5, -1.5, 0.5, 2.7, 3e9, -3e9, 9e9, np.nan], np.float32)
+    code = """
+    out[i] = __float2int_rn(x[i]);
+    out[8 + i] = __float2int_rz(x[i]);
+    out[16 + i] = __float2int_rd(x[i]);
+    out[24 + i] = __float2int_ru(x[i]);
+    out[32 + i] = __float2uint_rz(x[i]);
+    """
+    out = np.zeros(40, np.int64)
+    out = values_of([("const float", "x"), ("long long", "out")], code, x, out).reshape(5, 8)
+    high, low = 2**31 - 1, -(2**31)
+    assert out.tolist() == [
+        [-2, -2, 0, 3, high, low, high, 0],
+        [-2, -1, 0, 2, high, low, high, 0],
+        [-3, -2, 0, 2, high, low, high, 0],
+        [-2, -1, 1, 3, high, low, high, 0],
+        [0, 0, 0, 2, 3000000000, 0, 2**32 - 1, 0],
+    ]
+
+
+def test_integer_intrinsics():
+    code = """
+    const unsigned u = unsigned(x[i]);
+    const int s = int(u);
+    out[i] = __brev(u);
+    out[4 + i] = __mulhi(s, 1 << 20);
+    out[8 + i] = __umulhi(u, 1u << 20);
+    out[12 + i] = __mul24(s, 3);
+    out[16 + i] = __umul24(u, 3u);
+    out[20 + i] = __clzll(x[i]) + 100 * __popcll(x[i]) + 10000 * __ffsll(x[i]);
+    out[24 + i] = longlong2{x[i], 1}.x + make_ulonglong2(2, 3).y;
+    """
+    x = np.array([0, 1, 0x80000001, 0x12FFFFFF], np.int64)
+    out = values_of(
+        [("const long long", "x"), ("long long", "out")], code, x, np.zeros(28, np.int64)
+    )
+    as_int = [0, 1, 0x80000001 - 2**32, 0x12FFFFFF]
+    assert out.reshape(7, 4).tolist() == [
+        [0, 1 << 31, 0x80000001, int(f"{0x12FFFFFF:032b}"[::-1], 2)],
+        [v * 2**20 >> 32 for v in as_int],
+        [v * 2**20 >> 32 for v in x.tolist()],
+        [0, 3, 3, -3],
+        [0, 3, 3, 0xFFFFFF * 3],
+        [64, 63 + 100 + 10000, 32 + 200 + 10000, 35 + 2600 + 10000],
+        [v + 3 for v in x.tolist()],
+    ]
+
+
+def test_min_and_max_of_mixed_types():
+    """As in CUDA, where both become unsigned if one is."""
+    code = """
+    const int a = x[i];
+    const long b = x[i];
+    const long long c = x[i];
+    out[i] = min(a, 3u) + max(3u, a) == a + 3u;
+    out[2 + i] = max(a, 3u) == (a < 0 ? unsigned(a) : 3u);
+    out[4 + i] = max(b, std::size_t{3}) == (b < 0 ? std::size_t(b) : 3);
+    out[6 + i] = min(c, 3ull) == (c < 0 ? 3 : 1);
+    out[8 + i] = max(a, 2) == 2 && max(2.5f, 1.0) == 2.5 && min(1.0, 2.0f) == 1.0;
+    """
+    x = np.array([-5, 1], np.int32)
+    out = values_of([("const int", "x"), ("int", "out")], code, x, np.zeros(10, np.int32))
+    assert (out == 1).all()
+
+
+def test_an_index_is_a_uint3():
+    source = """
+    __device__ unsigned sum(uint3 v) { return v.x + 10 * v.y + 100 * v.z; }
+    __device__ unsigned sum_of_sizes(dim3 v) { return v.x + 10 * v.y + 100 * v.z; }
+    __global__ void run(unsigned* out) {
+      const uint3 t = threadIdx, size = blockDim, place = dim3(1, 2, 3);
+      const dim3 blocks = gridDim;
+      out[t.x + 2 * t.y] = sum(threadIdx) + sum(place) + sum(size) + sum(blocks) +
+                           sum_of_sizes(blockDim) + sum_of_sizes(t);
+    }
+    """
+    out = np.zeros(6, np.uint32)
+    launch(source, 1, (2, 3), [out])
+    assert out.tolist() == [
+        321 + 132 + 111 + 132 + 2 * (x + 10 * y) for y in (0, 1, 2) for x in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "static __shared__ float s[4][8];",
+        "__shared__ static float s[4][8];",
+        "extern __shared__ float s[][8];",
+        "__shared__ extern float s[][8];",
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_ways_to_declare_shared_arrays(declared, inside):
+    source = f"""
+    {"" if inside else declared}
+    __global__ void run(float* out) {{
+      {declared if inside else ""}
+      const int i = threadIdx.x;
+      s[i / 8][i % 8] = i;
+      __syncthreads();
+      out[i] = s[3 - i / 8][7 - i % 8];
+    }}
+    """
+    out = np.zeros(32, np.float32)
+    report = lab.compile(source, "simulator").launch("run", 1, 32, [out], 128, trace=True)
+    assert out.tolist() == list(range(31, -1, -1))
+    assert {site.buffer for site in report.sites} == {"s", "out"}
+
+
+def test_more_atomics():
+    source = """
+    __global__ void run(unsigned* out) {
+      atomicInc(out, 6u);
+      atomicDec(out + 1, 6u);
+      atomicXor(out + 2, threadIdx.x);
+      atomicAdd_block(out + 3, threadIdx.x);
+      atomicMax_system(out + 4, threadIdx.x);
+      atomicCAS_block(out + 5, 0u, 9u);
+      __threadfence_system();
+    }
+    """
+    out = np.zeros(6, np.uint32)
+    report = lab.compile(source, "simulator").launch("run", 1, 32, [out], trace=True)
+    inc = dec = 0
+    for _ in range(32):
+        inc = 0 if inc >= 6 else inc + 1
+        dec = 6 if dec == 0 or dec > 6 else dec - 1
+    xor = int(np.bitwise_xor.reduce(np.arange(32)))
+    assert out.tolist() == [inc, dec, xor, 496, 31, 9]
+    assert sorted(site.line for site in report.sites) == [3, 4, 5, 6, 7, 8]
+
+
+def test_cache_hints_are_counted_as_plain_accesses():
+    hinted = """
+    __global__ void run(const float4* x, float* out) {
+      const int i = threadIdx.x;
+      __stcs(out + i, __ldcs(x + i).x);
+      __stcg(out + 32 + i, __ldcg(&x[i].y));
+    }
+    """
+    plain = """
+    __global__ void run(const float4* x, float* out) {
+      const int i = threadIdx.x;
+      out[i] = x[i].x;
+      out[32 + i] = x[i].y;
+    }
+    """
+    x, outs, reports = np.arange(128, dtype=np.float32), [], []
+    for source in (hinted, plain.replace("x[i].x", "__ldg(x + i).x")):
+        outs.append(np.zeros(64, np.float32))
+        program = lab.compile(source, "simulator")
+        reports.append(program.launch("run", 1, 32, [x, outs[-1]], trace=True))
+    assert outs[0].tolist() == outs[1].tolist() == x[::4].tolist() + x[1::4].tolist()
+    first, second = (
+        [(s.line, s.op, s.requests, s.sectors, s.bytes_requested) for s in r.sites] for r in reports
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        ("cooperative_groups.h", "cooperative groups"),
+        ("mma.h", "wmma fragments"),
+        ("curand_kernel.h", "cuRAND"),
+        ("cub/cub.cuh", "CUB"),
+    ],
+)
+def test_a_library_that_is_not_there_is_named(header, what):
+    with pytest.raises(lab.CompileError, match=f"no {what}.*appendix") as caught:
+        lab.compile(f"\n#include <{header}>\n__global__ void run() {{}}", "simulator").launch(
+            "run", 1, 1, []
+        )
+    assert header in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cudaMalloc(&x, 4)",
+        "cudaMallocManaged(&x, 4)",
+        "cudaMemcpy(x, x, 4, cudaMemcpyHostToDevice)",
+        "cudaFree(x)",
+    ],
+)
+def test_memory_that_nobody_has_to_allocate(call):
+    source = f"__global__ void run(int* x) {{}}\nint main() {{ int* x = 0; {call}; }}"
+    with pytest.raises(lab.CompileError, match=f"no {call.partition('(')[0]} is needed") as caught:
+        launch(source, 1, 1, [np.zeros(1, np.int32)])
+    assert caught.value.line == 2
+
+
+def test_headers_that_many_a_source_includes():
+    source = """
+    #include <cuda.h>
+    #include <cuda_runtime_api.h>
+    #include <device_launch_parameters.h>
+    #include <math_constants.h>
+    __global__ void run(double* out) {
+      out[0] = CUDART_INF_F;
+      out[1] = -CUDART_INF;
+      out[2] = CUDART_NAN_F;
+      out[3] = CUDART_NAN;
+      out[4] = CUDART_PI_F;
+      out[5] = CUDART_PI;
+      out[6] = CUDART_MAX_NORMAL_F;
+      out[7] = CUDA_VERSION;
+      out[8] = __longlong_as_double(__double_as_longlong(1.5) + 1);
+    }
+    """
+    out = np.zeros(9)
+    launch(source, 1, 1, [out])
+    assert np.isnan(out[2:4]).all()
+    assert out[[0, 1, 4, 5, 6, 7, 8]].tolist() == [
+        *(np.inf, -np.inf, np.float32(np.pi), np.pi, np.finfo(np.float32).max, 13000),
+        np.nextafter(1.5, 2),
+    ]
+
+
+def test_a_clock_goes_on():
+    source = """
+    __global__ void run(int* out) {
+      const long long start = clock64();
+      const clock_t before = clock();
+      while (clock64() - start < 1000) {}
+      *out = clock() >= before;
+    }
+    """
+    out = np.zeros(1, np.int32)
+    launch(source, 1, 1, [out])
+    assert out[0] == 1
+
+
 class TestFaults:
     """A kernel that fails is an exception that says where, and Python lives on."""
 
@@ -250,6 +545,54 @@ class TestFaults:
             r"thread \(2, 0, 0\): assertion failed: threadIdx.x < 2",
             block=4,
         )
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            ("exit(1);", "can't call exit"),
+            ("std::exit(1);", "can't call exit"),
+            ("abort();", "can't call abort"),
+            ("std::abort();", "can't call abort"),
+            ("throw std::bad_alloc();", "can't throw"),
+            ("child<<<1, 4>>>(x);", "can't launch kernels here"),
+        ],
+    )
+    def test_what_only_a_launcher_may_do(self, code, message):
+        source = f"""
+            #include <cstdlib>
+            #include <stdlib.h>
+            #include <new>
+            __global__ void child(int* x) {{ x[threadIdx.x] = 1; }}
+            __global__ void run(int* x) {{
+              __syncthreads();
+              if (threadIdx.x == 2) {{ {code} }}
+              __syncthreads();
+            }}
+            """
+        x = np.zeros(4, np.int32)
+        for _ in range(3):
+            self.check(source, rf"thread \(2, 0, 0\): a kernel {message}", [x], grid=3, block=8)
+        expected = lab.CompileError if "throw" in code else lab.KernelError
+        with pytest.raises(expected, match="exception" if "throw" in code else message):
+            lab.compile(source, "simulator").launch("run", 1, 8, [x], trace=True)
+
+    def test_an_exception_that_is_caught_is_none_of_our_business(self):
+        source = """
+        #include <stdexcept>
+        __global__ void run(int* x) { *x = 3; }
+        extern "C" cudaError_t go(int* x, cudaStream_t stream) {
+          try {
+            throw std::runtime_error("a launcher may");
+          } catch (const std::exception&) {
+            run<<<1, 1, 0, stream>>>(x);
+          }
+          return cudaGetLastError();
+        }
+        """
+        x = np.zeros(1, np.int32)
+        array = Array.of("x", torch.from_numpy(x), written=True)
+        lab.compile(source, "simulator").call("go", array)
+        assert x[0] == 3
 
     def test_a_stack_that_overflows(self):
         self.check(
@@ -374,6 +717,173 @@ def test_pairs_of_float16_are_rounded_and_compared():
     assert out.tolist() == [-a, c, b]
     launch(source, 1, 1, [np.array([np.nan, -np.inf, 2.0], np.float32), out])
     assert out.tolist() == [2.0, np.inf, -np.inf]  # what is a number is larger than what is none
+
+
+HALF = {
+    "a + b": lambda a, b: a + b,
+    "a - b": lambda a, b: a - b,
+    "a * b": lambda a, b: a * b,
+    "a / b": lambda a, b: a / b,
+    "__hadd(a, -b)": lambda a, b: a - b,
+    "__hmul(a, __habs(b))": lambda a, b: a * abs(b),
+    "__hmax(a, b)": lambda a, b: max(a, b),
+    "__hmin(a, b)": lambda a, b: min(a, b),
+    "hsqrt(__habs(a))": None,
+    "a < b ? T(1) : T(2.0)": lambda a, b: Fraction(1 if a < b else 2),
+    "(a += b, a *= b, a)": None,
+    "T((double)(float)a * (float)b)": lambda a, b: a * b,
+    "__hfma(a, b, c)": None,
+}
+
+
+def nearest_of(exact, values, least_infinite):
+    """The element of `values`, sorted and from zero on, that rounding to even gives."""
+    magnitude = abs(exact)
+    if magnitude >= least_infinite:
+        return np.inf if exact > 0 else -np.inf
+    above = bisect.bisect_left(values, magnitude)
+    if above == len(values):
+        found = above - 1
+    elif values[above] == magnitude or above == 0:
+        found = above
+    else:
+        low, high = magnitude - values[above - 1], values[above] - magnitude
+        found = above if high < low or (high == low and above % 2 == 0) else above - 1
+    return float(values[found]) * (1 if exact >= 0 else -1)
+
+
+@pytest.mark.parametrize(
+    ("ctype", "header"), [("half", "cuda_fp16.h"), ("__nv_bfloat16", "cuda_bf16.h")]
+)
+def test_arithmetic_of_16_bits_is_rounded_once(ctype, header):
+    dtype = torch.float16 if ctype == "half" else torch.bfloat16
+    patterns = torch.arange(0x8000, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    values = [Fraction(v) for v in patterns[torch.isfinite(patterns)].tolist()]
+    overflow = values[-1] + (values[-1] - values[-2]) / 2
+    generator = torch.Generator().manual_seed(1)
+    # Numbers of every size and, as often, neighbours in size; then what is a tie but for a trifle.
+    bits = torch.randint(0, len(values), (3, 1024), generator=generator)
+    near = torch.randint(0x3800, 0x3F00, (3, 1024), generator=generator)
+    all_bits = torch.cat([bits, near], 1).to(torch.int16)
+    signs = torch.where(torch.rand(all_bits.shape, generator=generator) < 0.5, 1.0, -1.0)
+    abc = (all_bits.view(dtype).float() * signs).reshape(3, -1)
+    tie, trifle = [1 + torch.finfo(dtype).eps, 1.5], torch.finfo(dtype).tiny
+    abc[:, :2] = torch.tensor([[*tie, trifle], [*tie, -trifle]]).T
+    n = abc.shape[1]
+    codes = " ".join(
+        f"{{ T a = x[i], b = x[{n} + i], c = x[{2 * n} + i]; out[{k * n} + i] = {code}; }}"
+        for k, code in enumerate(HALF)
+    )
+    source = f"""
+    #include <{header}>
+    using T = {ctype};
+    __global__ void run(const float* x, float* out) {{
+      const int i = blockIdx.x * blockDim.x + threadIdx.x;
+      {codes}
+    }}
+    """
+    out = np.zeros((len(HALF), n), np.float32)
+    launch(source, n // 128, 128, [abc.numpy(), out])
+
+    def rounded(exact):
+        return nearest_of(exact, values, overflow)
+
+    for i in range(n):
+        a, b, c = (Fraction(v) for v in abc[:, i].tolist())
+        for row, (code, function) in zip(out, HALF.items(), strict=True):
+            if code.startswith("hsqrt"):
+                wanted = float(torch.tensor(float(abs(a))).double().sqrt().to(dtype))
+            elif code.startswith("(a +="):
+                total = rounded(a + b)
+                if np.isinf(total):
+                    continue
+                wanted = rounded(Fraction(total) * b)
+            elif code.startswith("__hfma"):
+                wanted = rounded(a * b + c)
+            elif code == "a / b" and b == 0:
+                continue
+            else:
+                wanted = rounded(function(a, b))
+            assert row[i] == wanted, (code, a, b, c)
+
+
+def test_special_values_conversions_and_pairs_of_16_bits():
+    source = """
+    #include <cuda_bf16.h>
+    #include <cuda_fp16.h>
+    #define AT(k) out[k]
+    template <class T>
+    __device__ void values(const float* x, float* out) {
+      const T one = 1.0f, three = 3, none = x[0], infinite = x[1];
+      const T nan_sum = infinite - infinite;
+      AT(0) = __hisnan(none) + 2 * __hisnan(nan_sum) + 4 * (none != none) + 8 * (one == T(1));
+      AT(1) = __hmax(none, one);
+      AT(2) = float(infinite) - 0.5f;
+      AT(3) = (int)three + __hisinf(-infinite);
+      AT(4) = __hfma(infinite, one, three);
+      AT(5) = static_cast<float>(T(1e300));
+      AT(6) = __shfl_down_sync(1u, one, 0);
+      AT(7) = hrcp(T(4)) + hexp(T(0)) + hrsqrt(T(4));
+    }
+    __global__ void run(const float* x, float* out, half* sum, half2* pairs) {
+      values<half>(x, out);
+      values<__nv_bfloat16>(x, out + 8);
+      atomicAdd(sum, half(1.5f));
+      atomicAdd(sum, __float2half(2.0f));
+      const half2 a = __halves2half2(1.0f, half(2)), b = make_half2(half(3), half(4));
+      pairs[0] = __hfma2(a, b, __hadd2(a, b));
+      pairs[1] = (a - b) / b * a;
+      out[16] = __high2float(-a) + __low2float(__hmin2(a, b));
+      out[17] = __bfloat1622float2(__floats2bfloat162_rn(1, 2) * __float2bfloat162_rn(3)).y;
+      out[18] = __half_as_ushort(__ushort_as_half(0x3C01));
+    }
+    """
+    x = np.array([np.nan, np.inf], np.float32)
+    out, total, pairs = np.zeros(19, np.float32), np.zeros(1, np.float16), np.zeros(4, np.float16)
+    for trace in (False, True):
+        total[:] = 0
+        lab.compile(source, "simulator").launch("run", 1, 1, [x, out, total, pairs], trace=trace)
+        for values in (out[:8], out[8:16]):
+            assert values.tolist() == [15, 1, np.inf, 2, np.inf, np.inf, 1, 1.75]
+        assert out[16:].tolist() == [-1, 6, 0x3C01]
+        assert total[0] == 3.5
+        a, b = np.array([1, 2], np.float16), np.array([3, 4], np.float16)
+        assert pairs.tolist() == [*(a * b + a + b), *((a - b) / b * a)]
+
+
+@pytest.mark.parametrize(
+    ("ctype", "header"), [("half", "cuda_fp16.h"), ("__nv_bfloat16", "cuda_bf16.h")]
+)
+def test_accesses_to_16_bits_are_counted(ctype, header):
+    source = f"""
+    #include <{header}>
+    using T = {ctype};
+    __global__ void run(const T* x, const T* y, float* out, T* z) {{
+      __shared__ T s[32];
+      __shared__ T unused[2][32];
+      const int i = threadIdx.x;
+      s[i] = x[i] + y[i];
+      if (i > 40) s[i] = unused[0][i];
+      out[i] = s[31 - i];
+      z[i] = __hfma(x[i], s[i], y[i]);
+      z[i] += x[i];
+      z[i] = __shfl_sync(0xFFFFFFFFu, z[i], 0);
+      z[i] = 1.0f;
+    }}
+    """
+    x, y, z = (np.ones(32, np.float16) for _ in range(3))
+    report = lab.compile(source, "simulator").launch(
+        "run", 1, 32, [x, y, np.zeros(32, np.float32), z], trace=True
+    )
+    found = {(site.line - 8, site.op, site.buffer, site.requests) for site in report.sites}
+    assert found == {
+        *((0, "load", "x", 1), (0, "load", "y", 1), (0, "store", "s", 1)),
+        *((2, "load", "s", 1), (2, "store", "out", 1)),
+        *((3, "load", "x", 1), (3, "load", "s", 1), (3, "load", "y", 1), (3, "store", "z", 1)),
+        *((4, "load", "x", 1), (4, "load", "z", 1), (4, "store", "z", 1)),
+        *((5, "load", "z", 1), (5, "store", "z", 1)),
+        (6, "store", "z", 1),
+    }
 
 
 def test_the_ucontext_fallback_runs_the_same_programs(tmp_path):

@@ -44,6 +44,7 @@ def test_everything_else_passes_through(source):
         ("extern __align__(16) __shared__ int tile[];", "int"),
         ("extern volatile __shared__ float tile[];", "volatile float"),
         ("extern __shared__ volatile float tile[];", "volatile float"),
+        ("__shared__ extern float tile[];", "float"),
     ],
 )
 def test_a_dynamic_shared_array_in_a_function(declaration, element):
@@ -55,6 +56,21 @@ def test_a_dynamic_shared_array_in_a_function(declaration, element):
 def test_a_dynamic_shared_array_outside_a_function():
     translated = translate("extern __shared__ float tile[];\nvoid f() {}")
     assert translated.startswith("static const ::cudasim::DynamicShared<float> tile;\n")
+
+
+def test_a_dynamic_shared_array_of_rows():
+    source = "extern __shared__ float tile[][8] [N];"
+    inside = translate(f"void f() {{ {source} }}")
+    cast = "static_cast<float (*)[8] [N]>(::cudasim_dynamic_shared())"
+    assert inside == f"void f() {{ float (* const tile)[8] [N] = {cast}; }}"
+    assert translate(source) == "static const ::cudasim::DynamicShared<float[8] [N]> tile;"
+
+
+@pytest.mark.parametrize(
+    "source", ["static __shared__ int a[3];", "__shared__ static int a[3];", "__shared__ int a[3];"]
+)
+def test_a_shared_array_is_static_once(source):
+    assert translate(source) == "__shared__ int a[3];"
 
 
 def test_noinline_becomes_an_attribute():

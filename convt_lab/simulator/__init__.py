@@ -45,6 +45,7 @@ from convt_lab.simulator.translate import mask_comments_and_strings, translate, 
 __all__ = ["Simulator", "find_compiler"]
 
 _FOLDER = Path(__file__).parent
+_INCLUDE = _FOLDER / "include"
 
 # -ffp-contract=off: what is fused is what the source calls fmaf. -fno-gnu-unique: statics of
 # templates (shared arrays) stay each library's own. -fno-strict-aliasing: kernels read floats
@@ -126,6 +127,7 @@ def _compile(
         file = library.with_suffix(".cpp")
         file.write_text(source, encoding="utf-8", errors="surrogatepass")
         for header, text in headers.items():
+            (library.parent / header).parent.mkdir(exist_ok=True)
             (library.parent / header).write_text(text, encoding="utf-8")
         # Compiling and linking apart, because linking must not bring in the sanitizer's library.
         unit = library.with_suffix(".o")
@@ -205,7 +207,10 @@ class Simulator(Backend):
         headers = {
             path.name: translate(path.read_text(), mark_loops=traced) for path in kernel_headers()
         }
-        headers |= {path.name: path.read_text() for path in sorted(_FOLDER.glob("include/*.h"))}
+        headers |= {
+            path.relative_to(_INCLUDE).as_posix(): path.read_text()
+            for path in sorted(_INCLUDE.rglob("*.*h"))
+        }
         headers["runtime.h"] = (_FOLDER / "runtime.h").read_text()
         flags = ["-I.", f"-DCUDASIM_WORKERS={workers}"]
         if traced and uses_goto(source):

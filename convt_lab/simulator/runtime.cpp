@@ -1037,6 +1037,7 @@ void cudasim_print(const char* text, std::size_t bytes) {
   worker->let_go();
 }
 void cudasim_trap(const char* text) { worker->abort(CUDASIM_TRAP, 0, text); }
+int cudasim_in_kernel() { return worker != nullptr && worker->in_fiber(); }
 
 // The buffer ends (up to its alignment) where unmapped addresses begin; so do those before its
 // start.

@@ -8,10 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 
+struct uint3;  // CUDA's type
+
 extern "C" {
 
 struct CudasimIndex {
   unsigned x, y, z;
+  operator uint3() const;  // defined where uint3 is
 };
 
 struct CudasimLaunch {
@@ -170,6 +173,7 @@ int cudasim_barrier(int predicate);
 // the mask of the lanes that took part (lanes that have exited do not).
 std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes);
 [[noreturn]] void cudasim_trap(const char* text);
+int cudasim_in_kernel();  // whether this is a thread of a launch, and not the launcher
 
 // What cudaDeviceGetAttribute says a block may have; and what cudaFuncSetAttribute lets a kernel's
 // launches ask for beyond what every kernel may have.

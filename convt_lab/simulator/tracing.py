@@ -334,5 +334,6 @@ def _static_shared_arrays(library: Path) -> tuple[tuple[str, int, int], ...]:
 
 def _dynamic_shared_name(source: str) -> str:
     code = mask_comments_and_strings(source)
-    match = re.search(r"\bextern\b[^;]*__shared__[^;]*?\b([A-Za-z_]\w*)\s*\[\s*\]\s*;", code)
+    declared = r"(?:\bextern\b[^;]*__shared__|\b__shared__\s+extern)\b"
+    match = re.search(declared + r"[^;]*?\b([A-Za-z_]\w*)\s*\[\s*\]\s*[;\[]", code)
     return match[1] if match else "dynamic shared memory"

@@ -1,10 +1,10 @@
 """Makes CUDA C++ readable for g++, changing as little as possible and never a line's number.
 
-Three constructs need it: a launch, ``kernel<<<grid, block>>>(args)``; a dynamic shared array,
-``extern __shared__ float tile[];``; and the keyword ``__noinline__``, which can't be a macro
-because the standard library uses that word. Comments, strings and everything else pass through
-untouched. A build that is traced also gets a mark at every loop, so that the tracer knows which
-iteration a thread is in.
+Four constructs need it: a launch, ``kernel<<<grid, block>>>(args)``; a dynamic shared array,
+``extern __shared__ float tile[];``; a ``static`` beside ``__shared__``; and the keyword
+``__noinline__``, which can't be a macro because the standard library uses that word. Comments,
+strings and everything else pass through untouched. A build that is traced also gets a mark at every
+loop, so that the tracer knows which iteration a thread is in.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _DYNAMIC_SHARED = re.compile(
-    r"""\bextern\s+(?:__align__\s*\(\s*\w+\s*\)\s*)?(?P<volatile>volatile\s+)?__shared__\s+
-        (?P<type>[^;\[\]=]+?)\s*\b(?P<name>[A-Za-z_]\w*)\s*\[\s*\]\s*;""",
+    r"""(?:\bextern\s+(?:__align__\s*\(\s*\w+\s*\)\s*)?(?P<volatile>volatile\s+)?__shared__
+          |\b__shared__\s+extern)\s+
+        (?P<type>[^;\[\]=]+?)\s*\b(?P<name>[A-Za-z_]\w*)\s*\[\s*\]\s*
+        (?P<row>(?:\[[^;\[\]]*\]\s*)*);""",
     re.VERBOSE,
 )
+# The macro for __shared__ says `static`, too.
+_STATIC = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=\b__shared__)\s+static\b")
 _NOINLINE = re.compile(r"(?<!\()\b__noinline__\b")  # not in __attribute__((__noinline__))
 _LOOP = re.compile(r"\b(?:for|while|do)\b")
 _WORD = re.compile(r"\s*([A-Za-z_]\w*)?")
@@ -53,6 +57,8 @@ def translate(source: str, *, mark_loops: bool = False) -> str:
     edits = [*_launch_edits(code), *_shared_edits(code)]
     if mark_loops:
         edits += _loop_edits(code)
+    for match in _STATIC.finditer(code):
+        edits.append((match.start(), match.end(), ""))
     for match in _NOINLINE.finditer(code):
         edits.append((match.start(), match.end(), "__attribute__((noinline))"))
     pieces, position = [], 0
@@ -168,11 +174,13 @@ def _shared_edits(code: str) -> list[tuple[int, int, str]]:
     edits = []
     for match in _DYNAMIC_SHARED.finditer(code):
         element = (match["volatile"] or "") + _ALIGNMENT.sub("", match["type"]).strip()
-        name = match["name"]
+        name, row = match["name"], match["row"].strip()
         inside_function = code.count("{", 0, match.start()) > code.count("}", 0, match.start())
         if inside_function:
-            text = f"{element}* const {name} = static_cast<{element}*>(::cudasim_dynamic_shared());"
+            start, end = (f"{element} (*", f"){row}") if row else (f"{element}*", "")
+            address = f"static_cast<{start}{end}>(::cudasim_dynamic_shared())"
+            text = f"{start} const {name}{end} = {address};"
         else:
-            text = f"static const ::cudasim::DynamicShared<{element}> {name};"
+            text = f"static const ::cudasim::DynamicShared<{element}{row}> {name};"
         edits.append((match.start(), match.end(), text))
     return edits

@@ -1,0 +1,1 @@
+#error "the simulator has no CUB (see the book's appendix on the simulator)"
