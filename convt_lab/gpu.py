@@ -29,12 +29,14 @@ import torch
 from convt_lab import supervise
 from convt_lab.backend import (
     KERNEL_FOLDER,
+    LAUNCHERS_NAME,
     SOURCE_NAME,
     Array,
     Backend,
     compile_error,
     error_string,
     kernel_headers,
+    undefined_error,
 )
 from convt_lab.build import (
     BuildError,
@@ -469,8 +471,9 @@ def _failure(error: Exception, wanted: str) -> Exception:
     causes += [f"{m[0]}: {cure}" for p, cure in _CAUSES.items() if (m := re.search(p, text, re.M))]
     for cause in filter(None, causes):
         return BuildError(f"the GPU's kernel could not be built: {cause}")
-    refusal = compile_error("nvcc", text)
-    if refusal.line is not None:
+    refusal = undefined_error(text) or compile_error("nvcc", text)
+    at_launchers = re.search(rf"^{LAUNCHERS_NAME}\(\d+\): error", text, re.MULTILINE)
+    if refusal.line is not None or at_launchers or undefined_error(text):
         return refusal
     if isinstance(error, ImportError):
         text += "; torch builds with setuptools: `pip install setuptools`"

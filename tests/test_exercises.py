@@ -940,7 +940,7 @@ def test_a_launcher_without_end_or_with_a_crash_brings_nothing_down(monkeypatch)
         (
             "naive_gather.3",
             {"float* y,": "double* y,"},
-            "The check can't call it: .* 'y' points to f8; the array passed has dtype float32",
+            "The check can't call it: .* 'y' points to double; the array passed has dtype float32",
         ),
         ("naive_gather.3", {"gather_1d(": "gather("}, "no kernel 'gather_1d' .* it has 'gather'"),
         ("naive_gather.3", "int x;", "it has none"),
