@@ -27,6 +27,7 @@ __all__ = [
     "compile_error",
     "error_string",
     "kernel_headers",
+    "launchers_line",
     "undefined_error",
 ]
 
@@ -41,7 +42,10 @@ LAUNCHERS_NAME = "launchers"
 
 _FIRST_ERROR = re.compile(rf"{re.escape(SOURCE_NAME)}[:(](\d+)[):].*?error")
 # What a message shows of a compiler's output begins with the first line that one of these is in.
-_RELEVANT = (_FIRST_ERROR, re.compile(rf"\b{LAUNCHERS_NAME}[:(]\d+.*error"), re.compile("error"))
+_RELEVANT = (_FIRST_ERROR, re.compile("error"))
+_LAUNCHERS_LINE = re.compile(  # in nvcc's words, too
+    rf"\b{LAUNCHERS_NAME}[:(](?P<a>\d+)|at line (?P<b>\d+) of {LAUNCHERS_NAME}"
+)
 _CONTEXT = re.compile(r": (In|At) .*:$")  # g++'s line above an error: in which function it is
 _MOST_LINES = 12
 
@@ -82,6 +86,12 @@ def _shortened(output: str) -> str:
             break
     shown = lines[start : start + _MOST_LINES]
     return "\n".join([*shown, f"({len(lines) - len(shown)} more lines are left out)"])
+
+
+def launchers_line(output: str) -> int | None:
+    """Return which of the appended lines a compiler's output points at first, if it does."""
+    match = _LAUNCHERS_LINE.search(output)
+    return int(match["a"] or match["b"]) if match else None
 
 
 def undefined_error(output: str) -> CompileError | None:

@@ -29,13 +29,13 @@ import torch
 from convt_lab import supervise
 from convt_lab.backend import (
     KERNEL_FOLDER,
-    LAUNCHERS_NAME,
     SOURCE_NAME,
     Array,
     Backend,
     compile_error,
     error_string,
     kernel_headers,
+    launchers_line,
     undefined_error,
 )
 from convt_lab.build import (
@@ -471,10 +471,12 @@ def _failure(error: Exception, wanted: str) -> Exception:
     causes += [f"{m[0]}: {cure}" for p, cure in _CAUSES.items() if (m := re.search(p, text, re.M))]
     for cause in filter(None, causes):
         return BuildError(f"the GPU's kernel could not be built: {cause}")
-    refusal = undefined_error(text) or compile_error("nvcc", text)
-    at_launchers = re.search(rf"^{LAUNCHERS_NAME}\(\d+\): error", text, re.MULTILINE)
-    if refusal.line is not None or at_launchers or undefined_error(text):
+    if undefined := undefined_error(text):
+        return undefined
+    refusal = compile_error("nvcc", text)
+    if refusal.line is not None or launchers_line(text) is not None:
         return refusal
+    text = "\n".join(text.splitlines()[:60])
     if isinstance(error, ImportError):
         text += "; torch builds with setuptools: `pip install setuptools`"
     return BuildError(
@@ -492,7 +494,7 @@ def _without_commands(output: str) -> str:
             next(lines, None)  # the command
         elif not re.match(r"\[\d+/\d+\] |ninja: build stopped", line):
             kept.append(line)
-    return "\n".join(kept[:60]).strip()
+    return "\n".join(kept).strip()
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from convt_lab.backend import LAUNCHERS_NAME, SOURCE_NAME, Array, Backend
+from convt_lab.backend import LAUNCHERS_NAME, SOURCE_NAME, Array, Backend, launchers_line
 from convt_lab.errors import CompileError, KernelError
 from convt_lab.simulator import Simulator
 from convt_lab.simulator.planning import Launch
@@ -154,10 +154,9 @@ class Program:
         try:
             self.library = backend.build(name, self._text)
         except CompileError as error:
-            refused = _LAUNCHERS_LINE.search(str(error))
-            if error.line is None and refused:
-                kernel = declared[int(refused[1]) - 1]
-                raise _not_launchable(kernel, str(error)) from error
+            number = launchers_line(str(error))
+            if error.line is None and number is not None:
+                raise _not_launchable(declared[number - 1], str(error)) from error
             raise
         self.kernels: Mapping[str, Kernel] = MappingProxyType(
             {k.name: self._kernel(k) for k in declared}
@@ -537,9 +536,6 @@ def _declared_kernels(source: str) -> list[_Declared]:
         line = code.count("\n", 0, start) + 1
         found[qualified] = _Declared(match[1], line, qualified, symbol, names)
     return list(found.values())
-
-
-_LAUNCHERS_LINE = re.compile(rf"\b{LAUNCHERS_NAME}[:(](\d+)")  # as g++ and as nvcc say it
 
 
 def _not_launchable(kernel: _Declared, message: str) -> CompileError:
