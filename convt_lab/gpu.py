@@ -474,7 +474,8 @@ def _failure(error: Exception, wanted: str) -> Exception:
     if undefined := undefined_error(text):
         return undefined
     refusal = compile_error("nvcc", text)
-    if refusal.line is not None or launchers_line(text) is not None:
+    at_end = launchers_line(text) is not None or "At end of source: error" in text
+    if refusal.line is not None or at_end:
         return refusal
     text = "\n".join(text.splitlines()[:60])
     if isinstance(error, ImportError):

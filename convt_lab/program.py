@@ -156,7 +156,7 @@ class Program:
         except CompileError as error:
             number = launchers_line(str(error))
             if error.line is None and number is not None:
-                raise _not_launchable(declared[number - 1], str(error)) from error
+                raise _refused_launcher(source, declared, number, str(error)) from error
             raise
         self.kernels: Mapping[str, Kernel] = MappingProxyType(
             {k.name: self._kernel(k) for k in declared}
@@ -538,14 +538,27 @@ def _declared_kernels(source: str) -> list[_Declared]:
     return list(found.values())
 
 
-def _not_launchable(kernel: _Declared, message: str) -> CompileError:
-    """Explain why the appended line of a kernel is refused where the text itself is not."""
-    complaint = re.search(r"error: (.*)", message)
+def _refused_launcher(
+    source: str, declared: Sequence[_Declared], number: int, message: str
+) -> CompileError:
+    """Explain why an appended line is refused where the text itself is not."""
+    found = re.search(r"error: (.*)", message)
+    complaint = found[1] if found else message
+    code = re.sub(r"^[ \t]*#.*", "", mask_comments_and_strings(source), flags=re.MULTILINE).rstrip()
+    ends = code.endswith((";", "}")) and not re.match(r"expected|.* at end of ", complaint)
+    if not ends or number > len(declared):
+        line = code.count("\n") + 1
+        return CompileError(
+            f"the text ends in the middle of something, in line {line}: is a ';' or a ')' missing? "
+            f"The compiler says: {complaint}",
+            line,
+        )
+    kernel = declared[number - 1]
     return CompileError(
         f"the kernel {kernel.name!r} in line {kernel.line} can't be launched by its name: does an "
         "#if leave it out (only #if 0 is understood), do two kernels have this name, or does it "
-        "take a reference? Delete it, rename it, or let it take a pointer. The compiler says: "
-        f"{complaint[1] if complaint else message}",
+        f"take a reference? Delete it, rename it, or let it take a pointer. The compiler says: "
+        f"{complaint}",
         kernel.line,
     )
 

@@ -275,6 +275,7 @@ def test_an_nvcc_that_fails(gpu, monkeypatch, failure):
     [
         ('kernel.cu(3): error: identifier "oops" is undefined', 3),
         ("kernel.cu:7:10: fatal error: nothere.h: No such file or directory", 7),
+        ('At end of source: error: expected a ";"', None),
         ('launchers(1): error: identifier "old" is undefined', None),
         ("launch.cuh(52): error: no pointer ... [with P=<int &>] at line 1 of launchers", None),
     ],

@@ -385,6 +385,18 @@ class TestCompileErrors:
                 lab.compile(source, backend)
             assert caught.value.line == line
 
+    def test_a_text_that_ends_too_early(self, backend):
+        kernel = "__global__ void run(int* x) { *x = 1; }\n"
+        for source, line in (
+            (f"{kernel}int y = 3  // no semicolon\n\n", 2),
+            ("int y = 3\n", 1),
+            (f"{kernel}int f(int a,\n", 2),
+        ):
+            with pytest.raises(lab.CompileError) as caught:
+                lab.compile(source, backend)
+            assert caught.value.line == line
+            assert len(str(caught.value).splitlines()) <= 14
+
 
 # What learners call their macros, and what the lines of ours must not fall over.
 MACROS = """
