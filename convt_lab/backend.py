@@ -51,7 +51,11 @@ _MOST_LINES = 12
 
 # The linker's, the loader's and ptxas's words for a function without a body.
 _UNDEFINED = (
-    re.compile(rf"(?:{re.escape(SOURCE_NAME)}:(?P<line>\d+): )?undefined reference to `(?P<n>.+)'"),
+    # ld gives the text's lines, but at times with the name of the file that holds it.
+    re.compile(
+        rf"(?:(?:{re.escape(SOURCE_NAME)}|\w+\.cpp):(?P<line>\d+): )?"
+        r"undefined reference to `(?P<n>.+)'"
+    ),
     re.compile(r"undefined symbol: (?P<n>_Z(?!N?(?:3c10|2at|5torch|St|K?S))\w+)"),
     re.compile(r"Unresolved extern (?:function|variable) '(?P<n>\w+)'"),
 )
