@@ -20,12 +20,15 @@ from convt_lab.errors import CompileError, KernelError
 
 __all__ = [
     "KERNEL_FOLDER",
+    "LAUNCHERS_NAME",
     "SOURCE_NAME",
     "Array",
     "Backend",
     "compile_error",
     "error_string",
     "kernel_headers",
+    "launchers_line",
+    "undefined_error",
 ]
 
 #: The stages' .cu files, and the headers that they share.
@@ -34,7 +37,28 @@ KERNEL_FOLDER = Path(__file__).parent / "kernels"
 #: What compilers call the user's text in their messages.
 SOURCE_NAME = "kernel.cu"
 
+#: What they call the lines that are appended to it.
+LAUNCHERS_NAME = "launchers"
+
 _FIRST_ERROR = re.compile(rf"{re.escape(SOURCE_NAME)}[:(](\d+)[):].*?error")
+# What a message shows of a compiler's output begins with the first line that one of these is in.
+_RELEVANT = (_FIRST_ERROR, re.compile("error"))
+_LAUNCHERS_LINE = re.compile(  # in nvcc's words, too
+    rf"\b{LAUNCHERS_NAME}[:(](?P<a>\d+)|at line (?P<b>\d+) of {LAUNCHERS_NAME}"
+)
+_CONTEXT = re.compile(r": (In|At) .*:$")  # g++'s line above an error: in which function it is
+_MOST_LINES = 12
+
+# The linker's, the loader's and ptxas's words for a function without a body.
+_UNDEFINED = (
+    # ld gives the text's lines, but at times with the name of the file that holds it.
+    re.compile(
+        rf"(?:(?:{re.escape(SOURCE_NAME)}|\w+\.cpp):(?P<line>\d+): )?"
+        r"undefined reference to `(?P<n>.+)'"
+    ),
+    re.compile(r"undefined symbol: (?P<n>_Z(?!N?(?:3c10|2at|5torch|St|K?S))\w+)"),
+    re.compile(r"Unresolved extern (?:function|variable) '(?P<n>\w+)'"),
+)
 
 
 def kernel_headers() -> list[Path]:
@@ -49,8 +73,53 @@ def compile_error(compiler: str, output: str) -> CompileError:
     """Make the error for a compiler's refusal, with the first line that it points at."""
     match = _FIRST_ERROR.search(output)
     return CompileError(
-        f"{compiler} refused the kernel:\n{output}", int(match[1]) if match else None
+        f"{compiler} refused the kernel:\n{_shortened(output)}", int(match[1]) if match else None
     )
+
+
+def _shortened(output: str) -> str:
+    """Return the lines of a compiler's output that matter most: one slip can make hundreds."""
+    lines = output.strip().splitlines()
+    if len(lines) <= _MOST_LINES:
+        return output
+    start = 0
+    for pattern in _RELEVANT:
+        found = next((i for i, line in enumerate(lines) if pattern.search(line)), None)
+        if found is not None:
+            start = found - 1 if found and _CONTEXT.search(lines[found - 1]) else found
+            break
+    shown = lines[start : start + _MOST_LINES]
+    return "\n".join([*shown, f"({len(lines) - len(shown)} more lines are left out)"])
+
+
+def launchers_line(output: str) -> int | None:
+    """Return which of the appended lines a compiler's output points at first, if it does."""
+    match = _LAUNCHERS_LINE.search(output)
+    return int(match["a"] or match["b"]) if match else None
+
+
+def undefined_error(output: str) -> CompileError | None:
+    """Make the error for a function without a body, if that is what a tool complains of."""
+    for pattern in _UNDEFINED:
+        if match := pattern.search(output):
+            line = match.groupdict().get("line")
+            return CompileError(
+                f"{_demangled(match['n'])} is declared, but nowhere defined: give it a body in "
+                "this text, with these types of parameters",
+                int(line) if line else None,
+            )
+    return None
+
+
+def _demangled(symbol: str) -> str:
+    """Return a symbol's name as it is in the source, or the symbol if nothing here can tell."""
+    try:
+        demangle = getattr(ctypes.CDLL("libstdc++.so.6"), "__cxa_demangle")
+    except (OSError, AttributeError):
+        return symbol
+    demangle.restype = ctypes.c_char_p
+    name = demangle(symbol.encode(), None, None, None)
+    return name.decode() if name else symbol
 
 
 def error_string(library: ctypes.CDLL, code: int) -> str:

@@ -35,6 +35,8 @@ from convt_lab.backend import (
     compile_error,
     error_string,
     kernel_headers,
+    launchers_line,
+    undefined_error,
 )
 from convt_lab.build import (
     BuildError,
@@ -469,9 +471,13 @@ def _failure(error: Exception, wanted: str) -> Exception:
     causes += [f"{m[0]}: {cure}" for p, cure in _CAUSES.items() if (m := re.search(p, text, re.M))]
     for cause in filter(None, causes):
         return BuildError(f"the GPU's kernel could not be built: {cause}")
+    if undefined := undefined_error(text):
+        return undefined
     refusal = compile_error("nvcc", text)
-    if refusal.line is not None:
+    at_end = launchers_line(text) is not None or "At end of source: error" in text
+    if refusal.line is not None or at_end:
         return refusal
+    text = "\n".join(text.splitlines()[:60])
     if isinstance(error, ImportError):
         text += "; torch builds with setuptools: `pip install setuptools`"
     return BuildError(
@@ -489,7 +495,7 @@ def _without_commands(output: str) -> str:
             next(lines, None)  # the command
         elif not re.match(r"\[\d+/\d+\] |ninja: build stopped", line):
             kept.append(line)
-    return "\n".join(kept[:60]).strip()
+    return "\n".join(kept).strip()
 
 
 def _first_line(error: Exception) -> str:

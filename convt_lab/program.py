@@ -1,16 +1,19 @@
 """From CUDA C++ text to kernels that Python can call, on a GPU or on the simulator.
 
 `compile` takes any text with ``__global__`` functions; `Program.launch` starts one of them. A
-kernel needs no launcher of its own: a line for each is appended to the text (see
-``kernels/launch.cuh``), and the compiler tells the parameters' types. The text's own lines keep
-their numbers.
+kernel needs no launcher of its own: a line for each is appended to the text, what it needs
+(``kernels/launch.cuh``) is included before the text, and the compiler tells the parameters' types.
+The text's own lines keep their numbers.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -20,12 +23,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from convt_lab.backend import Array, Backend
-from convt_lab.errors import KernelError
+from convt_lab.backend import LAUNCHERS_NAME, SOURCE_NAME, Array, Backend, launchers_line
+from convt_lab.errors import CompileError, KernelError
 from convt_lab.simulator import Simulator
 from convt_lab.simulator.planning import Launch
 from convt_lab.simulator.report import Report
-from convt_lab.simulator.translate import mask_comments_and_strings
+from convt_lab.simulator.translate import mask_comments_and_strings, mask_unused
 
 __all__ = ["Kernel", "Parameter", "Program", "backend_named", "compile"]
 
@@ -106,11 +109,15 @@ def compile(source: str, backend: BackendName = "auto", *, name: str = "kernel")
     ------
     CompileError
         If the compiler refuses the source; `line` is the line in `source`.
+    TypeError, ValueError
+        If `source` is no text, or only the name of a file.
     BuildError
         If a tool is missing or the build cache can't be written.
     """
     if not isinstance(source, str):
         raise TypeError(f"source is a {type(source).__name__}; pass the CUDA C++ text as a str")
+    if re.fullmatch(r"\s*[^\n;{}#\"]*\.cuh?\s*", source) and not source.lstrip().startswith("//"):
+        raise ValueError(f"source={source!r}: pass the text, not the name of a file")
     chosen = backend_named(backend)
     return _compile(source, chosen, name, chosen.target())
 
@@ -137,12 +144,20 @@ class Program:
         self.source = source
         self.backend = backend.name
         self._backend = backend
+        _check_braces(source)
         declared = _declared_kernels(source)
+        header = f'#include "launch.cuh"\n#line 1 "{SOURCE_NAME}"'
         lines = [f"CONVT_LAB_LAUNCHABLE({k.symbol}, {k.qualified})" for k in declared]
-        footer = "\n".join(['#line 1 "launchers"', '#include "launch.cuh"', *lines])
+        footer = "\n".join([f'#line 1 "{LAUNCHERS_NAME}"', *lines])
         self._name = name
-        self._text = f"{source}\n{footer}\n"
-        self.library = backend.build(name, self._text)
+        self._text = f"{header}\n{source}\n{footer}\n"
+        try:
+            self.library = backend.build(name, self._text)
+        except CompileError as error:
+            number = launchers_line(str(error))
+            if error.line is None and number is not None:
+                raise _refused_launcher(source, declared, number, str(error)) from error
+            raise
         self.kernels: Mapping[str, Kernel] = MappingProxyType(
             {k.name: self._kernel(k) for k in declared}
         )
@@ -198,7 +213,9 @@ class Program:
         grid_size, block_size = _extent("grid", grid), _extent("block", block)
         limit = self._backend.max_shared_bytes()
         if not isinstance(shared_bytes, Integral) or not 0 <= shared_bytes <= limit:
-            raise ValueError(f"shared_bytes={shared_bytes!r}: must be an integer from 0 to {limit}")
+            raise ValueError(
+                f"shared_bytes={reprlib.repr(shared_bytes)}: must be an integer from 0 to {limit}"
+            )
 
         def start(library: ctypes.CDLL, values: list[Any]) -> int:
             pointers = [ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values]
@@ -214,7 +231,9 @@ class Program:
         if trace:
             return self._traced(name, values, start, _block_numbers(blocks, grid_size))
         if blocks is not None:
-            raise ValueError(f"blocks={blocks!r}: only a traced launch can run some of the blocks")
+            raise ValueError(
+                f"blocks={reprlib.repr(blocks)}: only a traced launch can run some of the blocks"
+            )
         self._run(name, values, start)
         self._backend.synchronize(self.library, name)
         return None
@@ -325,7 +344,9 @@ def _block_numbers(blocks: Sequence[int] | None, grid: tuple[int, ...]) -> Seque
     if blocks is not None and (
         not len(blocks) or not all(isinstance(b, Integral) and 0 <= b < count for b in blocks)
     ):
-        raise ValueError(f"blocks={blocks!r}: must be linear block numbers from 0 to {count - 1}")
+        raise ValueError(
+            f"blocks={reprlib.repr(blocks)}: must be linear block numbers from 0 to {count - 1}"
+        )
     return blocks
 
 
@@ -349,9 +370,9 @@ def _extent(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
         or not 1 <= len(sizes) <= 3
         or not all(isinstance(s, Integral) for s in sizes)
     ):
-        raise ValueError(f"{name}={value!r}: must be one to three integers")
+        raise ValueError(f"{name}={reprlib.repr(value)}: must be one to three integers")
     if any(not 1 <= s < 2**31 for s in sizes):
-        raise ValueError(f"{name}={value!r}: every size must be from 1 to {2**31 - 1}")
+        raise ValueError(f"{name}={reprlib.repr(value)}: every size must be from 1 to {2**31 - 1}")
     return tuple(int(s) for s in (*sizes, 1, 1, 1)[:3])
 
 
@@ -359,7 +380,7 @@ def _match_arguments(kernel: Kernel, args: Sequence[Any]) -> list[Any]:
     """Return `args` as arrays and ctypes values, checked against the kernel's declaration."""
     wanted = kernel.parameters
     if len(args) != len(wanted):
-        declared = ", ".join(f"{p.code} {p.name}" for p in wanted)
+        declared = ", ".join(f"{_type_name(p.code)} {p.name}" for p in wanted)
         raise TypeError(
             f"args has {len(args)} values; {kernel.name} takes {len(wanted)}: ({declared})"
         )
@@ -374,8 +395,8 @@ def _pointer(kernel: Kernel, parameter: Parameter, value: Any) -> Any:
         return ctypes.c_void_p(None)
     if not isinstance(value, np.ndarray | torch.Tensor):
         raise TypeError(
-            f"{kernel.name}: {parameter.name!r} is a pointer ({parameter.code}); "
-            f"pass a NumPy array or a tensor, not {type(value).__name__} {value!r}"
+            f"{kernel.name}: {parameter.name!r} is a pointer ({_type_name(parameter.code)}); "
+            f"pass a NumPy array or a tensor, not {_shown(value)}"
         )
     try:
         array = Array.of(parameter.name, value, written=not parameter.is_const)
@@ -383,23 +404,43 @@ def _pointer(kernel: Kernel, parameter: Parameter, value: Any) -> Any:
         raise type(error)(f"{kernel.name}: {error}") from None
     element = parameter.element
     if not element.startswith("V") and array.code != element:
+        wanted = np.dtype(element).name
+        how = (
+            f"array.astype(np.{wanted})"
+            if isinstance(value, np.ndarray)
+            else f"tensor.to(torch.{wanted})"
+        )
+        if array.written:
+            how += ", which is a new one: the results will be in it"
         raise TypeError(
-            f"{kernel.name}: {parameter.name!r} points to {element}; "
-            f"the array passed has dtype {value.dtype}"
+            f"{kernel.name}: {parameter.name!r} points to {_type_name(element)}; "
+            f"the {_kind(value)} passed has dtype {value.dtype}: pass dtype {wanted} ({how})"
         )
     return array
 
 
 def _number(kernel: Kernel, parameter: Parameter, value: Any) -> Any:
     code = parameter.code
-    problem = f"{kernel.name}: {parameter.name!r} is declared {code}"
+    problem = f"{kernel.name}: {parameter.name!r} is declared {_type_name(code)}"
+    if code.startswith("V"):
+        raise TypeError(
+            f"{kernel.name}: {parameter.name!r} is {_type_name(code)}, which launch can't pass: "
+            "give the kernel a struct's members, one by one, and what else it is by a pointer"
+        )
+    if isinstance(value, np.ndarray | torch.Tensor):
+        how = (
+            "value.item()"
+            if math.prod(value.shape) == 1
+            else "one of its values, such as value[0].item()"
+        )
+        raise TypeError(f"{problem}, a number; not {_shown(value)}: pass {how}")
     if code == "b1":
         if isinstance(value, bool | np.bool_):
             return ctypes.c_bool(value)
-        raise TypeError(f"{problem}; pass a bool, not {type(value).__name__} {value!r}")
+        raise TypeError(f"{problem}; pass a bool, not {_shown(value)}")
     if code in _INTEGER_TYPES:
         if not isinstance(value, Integral | np.bool_):
-            raise TypeError(f"{problem}; pass an integer, not {type(value).__name__} {value!r}")
+            raise TypeError(f"{problem}; pass an integer, not {_shown(value)}")
         bits = 8 * int(code[1])
         low, high = (
             (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if code[0] == "i" else (0, 2**bits - 1)
@@ -409,12 +450,53 @@ def _number(kernel: Kernel, parameter: Parameter, value: Any) -> Any:
         return _INTEGER_TYPES[code](int(value))
     if code in _FLOAT_TYPES:
         if not isinstance(value, Real):
-            raise TypeError(f"{problem}; pass a number, not {type(value).__name__} {value!r}")
+            raise TypeError(f"{problem}; pass a number, not {_shown(value)}")
         return _FLOAT_TYPES[code](float(value))
     raise TypeError(
-        f"{problem}: launch passes pointers, integers, float, double and bool; "
+        f"{problem}; launch passes pointers, integers, float, double and bool; "
         "give the kernel such parameters"
     )
+
+
+_TYPE_NAMES = {
+    "b1": "bool",
+    "i1": "signed char",
+    "i2": "short",
+    "i4": "int",
+    "i8": "long long",
+    "u1": "unsigned char",
+    "u2": "unsigned short",
+    "u4": "unsigned",
+    "u8": "unsigned long long",
+    "f4": "float",
+    "f8": "double",
+    "f16": "long double",
+    "V0": "void",
+}
+
+
+def _type_name(code: str) -> str:
+    """Return a type as C++ writes it; of a struct or the like, only the size is known."""
+    if code.startswith("*const "):
+        return f"const {_type_name(code.removeprefix('*const '))}*"
+    if code.startswith("*"):
+        return f"{_type_name(code[1:])}*"
+    return _TYPE_NAMES.get(code) or f"a struct or the like of {code[1:]} bytes"
+
+
+def _kind(value: np.ndarray | torch.Tensor) -> str:
+    return "array" if isinstance(value, np.ndarray) else "tensor"
+
+
+def _shown(value: Any) -> str:
+    """Describe a value in a few words: of arrays and lists, only what they are."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        article = "an" if isinstance(value, np.ndarray) else "a"
+        name = type(value).__name__
+        return f"{article} {_kind(value)} ({name}, shape {tuple(value.shape)}, {value.dtype})"
+    if isinstance(value, Sequence | Mapping) and not isinstance(value, str | bytes):
+        return f"{type(value).__name__} of {len(value)}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 # ---- What the source declares ------------------------------------------------------------------
@@ -423,6 +505,7 @@ def _number(kernel: Kernel, parameter: Parameter, value: Any) -> Any:
 @dataclass(frozen=True)
 class _Declared:
     name: str
+    line: int
     qualified: str  # with its namespaces
     symbol: str  # the same as one C identifier
     parameters: tuple[str, ...]
@@ -433,7 +516,7 @@ _TEMPLATE = re.compile(r"\btemplate\s*<[^;{}]*$")
 
 def _declared_kernels(source: str) -> list[_Declared]:
     """Find the non-template ``__global__`` functions, with their namespaces and parameter names."""
-    code = mask_comments_and_strings(source)
+    code = mask_unused(mask_comments_and_strings(source))
     found: dict[str, _Declared] = {}
     position = 0
     while (start := code.find("__global__", position)) >= 0:
@@ -441,7 +524,7 @@ def _declared_kernels(source: str) -> list[_Declared]:
         head, _, tail = code[position:].partition("{")
         header = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", " ", head)
         match = re.search(r"\bvoid\s+(?:__launch_bounds__\b\s*)?([A-Za-z_]\w*)\s*\(", header)
-        if match is None or not tail:
+        if match is None or not tail or ";" in header:  # no definition
             continue
         scopes = _scopes(code[:start])
         before = re.split(r"[;{}]", code[:start])[-1]
@@ -449,8 +532,72 @@ def _declared_kernels(source: str) -> list[_Declared]:
             continue
         qualified = "::".join([*scopes, match[1]])
         names = _parameter_names(header[match.end() :])
-        found[qualified] = _Declared(match[1], qualified, qualified.replace("::", "_"), names)
+        symbol = qualified.replace("::", "_")
+        line = code.count("\n", 0, start) + 1
+        found[qualified] = _Declared(match[1], line, qualified, symbol, names)
     return list(found.values())
+
+
+def _refused_launcher(
+    source: str, declared: Sequence[_Declared], number: int, message: str
+) -> CompileError:
+    """Explain why an appended line is refused where the text itself is not."""
+    found = re.search(r"error: (.*)", message)
+    complaint = found[1] if found else message
+    code = re.sub(r"^[ \t]*#.*", "", mask_comments_and_strings(source), flags=re.MULTILINE).rstrip()
+    ends = code.endswith((";", "}")) and not re.match(r"expected|.* at end of ", complaint)
+    if not ends or number > len(declared):
+        line = code.count("\n") + 1
+        return CompileError(
+            f"the text ends in the middle of something, in line {line}: is a ';' or a ')' missing? "
+            f"The compiler says: {complaint}",
+            line,
+        )
+    kernel = declared[number - 1]
+    return CompileError(
+        f"the kernel {kernel.name!r} in line {kernel.line} can't be launched by its name: does an "
+        "#if leave it out (only #if 0 is understood), do two kernels have this name, or does it "
+        f"take a reference? Delete it, rename it, or let it take a pointer. The compiler says: "
+        f"{complaint}",
+        kernel.line,
+    )
+
+
+def _check_braces(source: str) -> None:
+    """Raise if braces do not match: compilers complain at the end, and of all that is behind them.
+
+    Where macros or conditions hold a part of a pair, only the compiler can tell.
+    """
+    code = mask_unused(mask_comments_and_strings(source))
+    code = re.sub(r"\\\n", "  ", code)  # a macro is one line; positions stay
+    directives = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
+    if any(d[0].count("{") != d[0].count("}") for d in directives.finditer(code)):
+        return
+    conditions = [d for d in directives.finditer(code) if re.match(r"\s*#\s*(if|el|endif)", d[0])]
+    places = [d.start() for d in conditions]
+    for start, end in itertools.pairwise(places):
+        if code.count("{", start, end) != code.count("}", start, end):
+            return
+    code = directives.sub(lambda match: " " * len(match[0]), code)
+    open_braces: list[int] = []
+    for match in re.finditer(r"[{}]", code):
+        line = source.count("\n", 0, match.start()) + 1
+        if match[0] == "{":
+            open_braces.append(line)
+        elif open_braces:
+            open_braces.pop()
+        else:
+            raise CompileError(
+                f"the '}}' in line {line} closes nothing: it is one too many, or a '{{' is missing "
+                "before it",
+                line,
+            )
+    if open_braces:
+        raise CompileError(
+            f"the '{{' in line {open_braces[-1]} is never closed: its own '}}' is missing, or "
+            "that of a block inside it",
+            open_braces[-1],
+        )
 
 
 def _scopes(before: str) -> list[str] | None:
@@ -488,5 +635,6 @@ def _parameter_names(text: str) -> tuple[str, ...]:
             current += character
     if current.strip() and current.strip() != "void":
         parts.append(current)
-    names = [re.search(r"([A-Za-z_]\w*)\s*(?:\[[^\]]*\])?\s*$", part) for part in parts]
+    named = [part.partition("=")[0] for part in parts]  # without a default
+    names = [re.search(r"([A-Za-z_]\w*)\s*(?:\[[^\]]*\])?\s*$", part) for part in named]
     return tuple(match[1] if match else f"argument {i}" for i, match in enumerate(names))

@@ -275,6 +275,9 @@ def test_an_nvcc_that_fails(gpu, monkeypatch, failure):
     [
         ('kernel.cu(3): error: identifier "oops" is undefined', 3),
         ("kernel.cu:7:10: fatal error: nothere.h: No such file or directory", 7),
+        ('At end of source: error: expected a ";"', None),
+        ('launchers(1): error: identifier "old" is undefined', None),
+        ("launch.cuh(52): error: no pointer ... [with P=<int &>] at line 1 of launchers", None),
     ],
 )
 def test_a_source_that_nvcc_refuses(gpu, output, line):
@@ -282,6 +285,36 @@ def test_a_source_that_nvcc_refuses(gpu, output, line):
     with pytest.raises(CompileError, match=re.escape(output)) as caught:
         GPU().build("kernel", SCALE)
     assert caught.value.line == line
+
+
+def test_much_that_nvcc_says(gpu):
+    lines = 'for i in $(seq 200); do echo "kernel.cu($i): error: identifier is undefined"; done'
+    toolkit(gpu, f"echo 'In file'; {lines}; exit 2")
+    with pytest.raises(CompileError, match=r"\n\(189 more lines are left out\)$") as caught:
+        GPU().build("kernel", SCALE)
+    assert caught.value.line == 1
+    assert len(str(caught.value).splitlines()) == 14
+
+
+@pytest.mark.parametrize("kind", ["function", "variable"])
+def test_a_function_that_nvcc_finds_nowhere(gpu, kind):
+    toolkit(gpu, f"echo \"ptxas fatal   : Unresolved extern {kind} '_Z1fi'\"; exit 255")
+    with pytest.raises(CompileError, match=r"^f\(int\) is declared, but nowhere defined"):
+        GPU().build("kernel", SCALE)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "error", "message"),
+    [
+        ("_Z1fi", CompileError, r"^f\(int\) is declared, but nowhere defined"),
+        ("cudaGetDevice", BuildError, "undefined symbol: cudaGetDevice"),
+        ("_ZN3c1012cuda_warningEv", BuildError, "undefined symbol: _ZN3c10"),
+    ],
+)
+def test_a_function_that_the_loader_finds_nowhere(symbol, error, message):
+    refused = ImportError(f"/cache/kernel.so: undefined symbol: {symbol}")
+    with pytest.raises(error, match=message):
+        raise gpu_module._failure(refused, "9.0")
 
 
 @pytest.mark.parametrize(

@@ -951,6 +951,17 @@ def test_a_launcher_without_end_or_with_a_crash_brings_nothing_down(monkeypatch)
         ),
         (
             "naive_gather.3",
+            "__device__ float nowhere(int);\n"
+            "__global__ void gather_1d(const float* x, const float* w, float* y, int size,\n"
+            "                          int taps, int stride, int out_size) {\n"
+            "  y[0] = nowhere(1);\n"
+            "}\n",
+            r"refuses line 4: nowhere\(int\) is declared, but nowhere defined",
+        ),
+        ("naive_gather.3", "__global__ void gather_1d() {\n", "the '{' in line 1 is never closed"),
+        ("naive_gather.3", "kernel.cu", "pass the text, not the name of a file"),
+        (
+            "naive_gather.3",
             {"int out_size)": "int out_size, int more)"},
             "must keep its parameters: gather_1d.const float. x, .* int out_size.",
         ),

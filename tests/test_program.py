@@ -1,11 +1,16 @@
 """`lab.compile` and `Program.launch`, as a learner meets them."""
 
+import re
+import subprocess
+
 import numpy as np
 import pytest
 import torch
 from kernels_for_tests import SCALE
 
 import convt_lab as lab
+from convt_lab.backend import KERNEL_FOLDER
+from convt_lab.gpu import find_toolkit
 
 BACKENDS = ["simulator", pytest.param("gpu", marks=pytest.mark.gpu)]
 
@@ -140,17 +145,42 @@ class TestRefusals:
         [
             (0, [1.0, 2.0], TypeError, "'x' is a pointer.*not list"),
             (0, 3.0, TypeError, "'x' is a pointer.*not float 3.0"),
-            (0, np.zeros(8), TypeError, "'x' points to f4.*float64"),
-            (0, torch.zeros(8, dtype=torch.bfloat16), TypeError, "'x' points to f4.*bfloat16"),
+            (
+                0,
+                np.zeros(8),
+                TypeError,
+                r"'x' points to float;.*has dtype float64: pass dtype float32 "
+                r"\(array\.astype\(np\.float32\)\)$",
+            ),
+            (1, np.zeros(8), TypeError, r"float64: .*np\.float32\), .*the results will be in it"),
+            (0, torch.zeros(8, dtype=torch.bfloat16), TypeError, "'x' points to float;.*bfloat16"),
+            (
+                0,
+                torch.zeros(8).double(),
+                TypeError,
+                r"float64: .*\(tensor\.to\(torch\.float32\)\)$",
+            ),
             (0, np.zeros((8, 2), np.float32)[:, 0], ValueError, "'x' is a non-contiguous array"),
             (0, torch.zeros(8, 2)[:, 0], ValueError, "'x' is a non-contiguous tensor"),
             (0, np.zeros(8, ">f4"), TypeError, "'x'.*native byte order"),
             (1, np.zeros(8, object), TypeError, "'y'.*object"),
-            (2, "1", TypeError, "'factor' is declared f4.*str '1'"),
-            (2, np.zeros(1, np.float32), TypeError, "'factor' is declared f4.*ndarray"),
-            (3, 8.0, TypeError, "'n' is declared i4.*float 8.0"),
-            (3, 2**31, ValueError, "'n' is declared i4, which holds .* got 2147483648"),
-            (3, None, TypeError, "'n' is declared i4.*NoneType"),
+            (2, "1", TypeError, "'factor' is declared float;.*str '1'"),
+            (
+                2,
+                np.zeros(1, np.float32),
+                TypeError,
+                r"'factor' is declared float, .*ndarray.*item\(\)",
+            ),
+            (2, torch.tensor(3.0), TypeError, r"not a tensor.*shape \(\).*: pass value\.item\(\)$"),
+            (
+                3,
+                torch.zeros(9),
+                TypeError,
+                r"'n' .*shape \(9,\), .*: pass one .*value\[0\]\.item\(\)$",
+            ),
+            (3, 8.0, TypeError, "'n' is declared int;.*float 8.0"),
+            (3, 2**31, ValueError, "'n' is declared int, which holds .* got 2147483648"),
+            (3, None, TypeError, "'n' is declared int;.*NoneType"),
         ],
     )
     def test_an_argument(self, program, good, index, value, error, message):
@@ -167,7 +197,9 @@ class TestRefusals:
         program.launch("scale", 1, 32, good)  # reading is allowed
 
     def test_the_number_of_arguments(self, program, good):
-        with pytest.raises(TypeError, match=r"args has 3 values; scale takes 4: .*\*const f4 x"):
+        with pytest.raises(
+            TypeError, match=r"args has 3 values; scale takes 4: \(const float\* x, "
+        ):
             program.launch("scale", 1, 32, good[:3])
 
     def test_an_unknown_kernel(self, program, good):
@@ -199,8 +231,34 @@ class TestRefusals:
 
     def test_a_parameter_that_launch_cannot_pass(self):
         source = "struct S { int a; }; __global__ void run(S s) {}"
-        with pytest.raises(TypeError, match="'s' is declared V4"):
+        with pytest.raises(
+            TypeError, match=r"'s' is a struct .* of 4 bytes, .*members, one by one"
+        ):
             run(source, 1, 1, [3], "simulator")
+
+    @pytest.mark.parametrize(
+        "value", [list(range(10**4)), np.zeros(10**4), torch.zeros(10**4).double()]
+    )
+    @pytest.mark.parametrize("index", [0, 2, 3])
+    def test_no_message_holds_a_whole_array(self, program, good, index, value):
+        good[index] = value
+        with pytest.raises(TypeError) as caught:
+            program.launch("scale", 1, 32, good)
+        assert len(str(caught.value)) < 200
+        assert "10000" in str(caught.value) or "float64" in str(caught.value)
+
+    @pytest.mark.parametrize("value", [list(range(10**4)), np.zeros(10**4)])
+    @pytest.mark.parametrize("name", ["grid", "block", "shared_bytes", "blocks"])
+    def test_nor_one_that_is_no_argument(self, program, good, name, value):
+        sizes = {"grid": 1, "block": 32, name: value}
+        with pytest.raises((TypeError, ValueError), match=name) as caught:
+            program.launch("scale", args=good, trace=True, **sizes)
+        assert len(str(caught.value)) < 200
+
+    def test_a_parameter_with_a_default(self):
+        source = "__global__ void run(float* x, int n = 3, float f = (1.0f < 2) ? 1 : 2) {}"
+        parameters = lab.compile(source, "simulator").kernels["run"].parameters
+        assert [p.name for p in parameters] == ["x", "n", "f"]
 
 
 class TestCompileErrors:
@@ -220,6 +278,164 @@ class TestCompileErrors:
         with pytest.raises(lab.CompileError) as caught:
             lab.compile(source, "simulator")
         assert caught.value.line == 9
+
+    @pytest.mark.parametrize(
+        ("source", "line"),
+        [
+            ("int a;\n__global__ void run(int* x) {\n  if (*x) {\n    *x = 1;\n  }\n", 2),
+            ("__global__ void run() {\n", 1),
+            ("namespace n {\nvoid f() {\n\n__global__ void run() {}\n}  // {\n", 1),
+            (
+                "/* } */ void f() {\n  const char* s = \"}\"; char c = '}', w = L'}'; // \\\n }\n",
+                1,
+            ),
+            ("#if 0\n}\n#endif\nvoid f() {\n", 4),
+        ],
+    )
+    def test_a_brace_that_is_not_closed(self, source, line, backend):
+        message = f"the '{{' in line {line} is never closed"
+        with pytest.raises(lab.CompileError, match=message) as caught:
+            lab.compile(source, backend)
+        assert caught.value.line == line
+        assert "\n" not in str(caught.value)
+
+    def test_a_brace_too_many(self, backend):
+        source = "void f() {\n}\n}\n__global__ void run() {}\n"
+        with pytest.raises(lab.CompileError, match="the '}' in line 3 closes nothing") as caught:
+            lab.compile(source, backend)
+        assert caught.value.line == 3
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "#ifdef A\nvoid f() {\n#else\nvoid f(int) {\n#endif\n}\n",
+            "#define OPEN {\nvoid f() OPEN }\n",
+            "#define TWICE(x) do { \\\n  x; x; } \\\n  while (0)\nvoid f(int a) { TWICE(++a); }\n",
+            "// a comment of two lines: \\\n {{{\nvoid f() {}\n",
+            "wchar_t a = L'{', b = u8'{';\n",
+            "#if 0\nvoid f() { don't\n#if 1\n{\n#endif\n#else\nvoid f() {}\n#endif\n",
+            "#if 1\nvoid f() {}\n#elif 1\n}\n#else\n}\n#endif\n",
+        ],
+    )
+    def test_braces_that_are_legal(self, source):
+        lab.compile(source, "simulator")
+
+    def test_the_output_is_cut(self):
+        source = "__global__ void run() {}\n" + "int x = oops;\n" * 100
+        with pytest.raises(lab.CompileError, match="'oops' was not declared") as caught:
+            lab.compile(source, "simulator")
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 14
+        assert re.fullmatch(r"\(\d+ more lines are left out\)", lines[-1])
+        assert caught.value.line == 2
+
+    def test_the_output_is_cut_before_an_error_in_a_header(self):
+        source = "#include <vector>\nstruct S { S(const S&) = delete; };\n" + (
+            "void f(S& s) {\n  std::vector<S> v;\n  v.push_back(s);\n  int n = oops;\n}\n"
+        )
+        with pytest.raises(lab.CompileError, match="'oops' was not declared") as caught:
+            lab.compile(source, "simulator")
+        assert caught.value.line == 6
+        assert len(str(caught.value).splitlines()) <= 14
+
+    @pytest.mark.parametrize("name", ["kernel.cu", " some folder/kernel.cuh\n", "/tmp/kernel.cu"])
+    def test_the_name_of_a_file(self, name):
+        with pytest.raises(ValueError, match="pass the text, not the name of a file"):
+            lab.compile(name, "simulator")
+
+    def test_what_only_ends_like_a_file(self):
+        assert not lab.compile("// kernel.cu", "simulator").kernels
+        assert not lab.compile("int x; // kernel.cu", "simulator").kernels
+
+    def test_a_function_without_a_body(self):
+        source = "__device__ float f(int);\n__global__ void run(float* x) {\n  x[0] = f(1);\n}\n"
+        with pytest.raises(
+            lab.CompileError, match=r"^f\(int\) is declared, but nowhere defined"
+        ) as e:
+            run(source, 1, 1, [np.zeros(1, np.float32)], "simulator")
+        assert e.value.line == 3
+
+    @pytest.mark.gpu
+    def test_a_function_without_a_body_on_a_gpu(self):
+        source = "__device__ float f(int);\n__global__ void run(float* x) {\n  x[0] = f(1);\n}\n"
+        with pytest.raises(lab.CompileError, match=r"^f\(int\) is declared, but nowhere defined"):
+            lab.compile(source, "gpu")
+
+    def test_a_kernel_without_a_body(self):
+        source = "__global__ void later(int* x);\n__global__ void run(int* x) { *x = 1; }\n"
+        assert list(lab.compile(source, "simulator").kernels) == ["run"]
+
+    def test_a_kernel_that_is_left_out(self, backend):
+        old, new = "__global__ void old() { }\n", "__global__ void run() { }\n"
+        for source in (
+            f"#if 0\n{old}#if 1\n{old}#endif\n#else\n{new}#endif\n",
+            f"#if 1  // yes\n{new}#else\n{old}#endif\n",
+            f"  # if 0\n{old}#endif\n{new}",
+        ):
+            assert list(lab.compile(source, backend).kernels) == ["run"]
+
+    def test_kernels_that_cannot_be_launched(self, backend):
+        for source, line in (
+            ("#ifdef NEVER\n__global__ void run() {}\n#endif\n", 2),
+            ("__global__ void run(float) {}\n__global__ void run(int) {}\n", 2),
+            ("__global__ void run(int& x) {}\n", 1),
+        ):
+            message = f"the kernel 'run' in line {line} can't be launched by its name"
+            with pytest.raises(lab.CompileError, match=message) as caught:
+                lab.compile(source, backend)
+            assert caught.value.line == line
+
+    def test_a_text_that_ends_too_early(self, backend):
+        kernel = "__global__ void run(int* x) { *x = 1; }\n"
+        for source, line in (
+            (f"{kernel}int y = 3  // no semicolon\n\n", 2),
+            ("int y = 3\n", 1),
+            (f"{kernel}int f(int a,\n", 2),
+        ):
+            with pytest.raises(lab.CompileError) as caught:
+                lab.compile(source, backend)
+            assert caught.value.line == line
+            assert len(str(caught.value).splitlines()) <= 14
+
+
+# What learners call their macros, and what the lines of ours must not fall over.
+MACROS = """
+#define T float
+#define P 5
+#define I 3
+#define size 32
+#define min(a, b) ((a) < (b) ? (a) : (b))
+#define max(a, b) ((a) > (b) ? (a) : (b))
+""" + "".join(
+    f"#define {name} 7\n"
+    for name in (
+        *("value", "kernel", "block", "grid", "stream", "error", "bytes", "name", "code", "prefix"),
+        *("symbol", "shared_bytes", "arguments", "signature", "launch", "string", "std", "size_t"),
+    )
+)
+
+
+class TestMacros:
+    SOURCE = f"{MACROS}__global__ void run(T* x) {{ x[P] = min(size, value); }}\n"
+
+    def test_they_are_the_texts_own(self, backend):
+        x = np.zeros(8, np.float32)
+        run(self.SOURCE, 1, 1, [x], backend)
+        assert x.tolist() == [0, 0, 0, 0, 0, 7, 0, 0]
+
+    def test_they_do_not_reach_a_traced_launch(self):
+        x = np.zeros(8, np.float32)
+        assert lab.compile(self.SOURCE, "simulator").launch("run", 1, 1, [x], trace=True)
+        assert x[5] == 7
+
+    @pytest.mark.skipif(find_toolkit() is None, reason="needs nvcc: no CUDA toolkit found")
+    def test_nvcc_agrees(self, tmp_path):
+        text = lab.compile(self.SOURCE, "simulator")._text
+        (tmp_path / "kernel.cu").write_text(f"#include <cuda_runtime.h>\n{text}")
+        command = [str(find_toolkit() / "bin" / "nvcc"), "-c", "-std=c++17", f"-I{KERNEL_FOLDER}"]
+        command += ["-arch=sm_90", "kernel.cu"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
 
 
 def test_a_program_is_compiled_once():

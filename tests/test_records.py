@@ -304,5 +304,5 @@ def test_every_record_that_is_kept_is_valid():
 def test_where_records_are_is_said_where_there_is_no_folder(tmp_path):
     with pytest.raises(records.RecordError, match=r"no record 'nvidia-h200' in .*; .*-e \.`\)$"):
         records.load_named("nvidia-h200", tmp_path / "records")
-    with pytest.raises(records.RecordError, match="there are: none$"):
+    with pytest.raises(records.RecordError, match=r"there are: none$"):
         records.load_named("nvidia-h200", tmp_path)

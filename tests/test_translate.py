@@ -2,7 +2,12 @@
 
 import pytest
 
-from convt_lab.simulator.translate import mask_comments_and_strings, translate, uses_goto
+from convt_lab.simulator.translate import (
+    mask_comments_and_strings,
+    mask_unused,
+    translate,
+    uses_goto,
+)
 
 
 def test_a_launch_becomes_an_operator_in_place():
@@ -84,6 +89,21 @@ def test_masking_keeps_every_position():
     masked = mask_comments_and_strings(source)
     assert [len(line) for line in masked.split("\n")] == [len(line) for line in source.split("\n")]
     assert masked.split() == ["a;", "b", "=", ";", "c;"]
+
+
+def test_what_is_never_compiled_is_masked():
+    source = "a\n # if 0\nb\n#ifdef X\nc\n#else\nd\n#endif\n#elif Y\ne\n#endif\nf"
+    masked = mask_unused(source)
+    assert len(masked) == len(source)
+    assert [line for line in masked.split("\n") if len(line.strip()) == 1] == ["a", "e", "f"]
+    source = "#if 1\na\n#elif 1\nb\n#else\nc\n#endif\n#if X\nd\n#else\ne\n#endif\n#endif\nf"
+    masked = mask_unused(source)
+    assert [line for line in masked.split("\n") if len(line.strip()) == 1] == ["a", "d", "e", "f"]
+
+
+def test_a_line_comment_that_goes_on_and_characters_with_a_prefix_are_masked():
+    source = "a // b \\\n c\nd = L'{' + u8'}' + 1'000;"
+    assert mask_comments_and_strings(source).split() == ["a", "d", "=", "+", "+", "1'000;"]
 
 
 MARK = "if (const ::cudasim::Loop cudasim_loop; false) {} else "

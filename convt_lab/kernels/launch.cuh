@@ -1,7 +1,8 @@
 // How Python starts a kernel that has no launcher of its own: one line per kernel, appended to its
 // source by program.py, makes two C functions, one that tells the kernel's parameter types and one
 // that launches it with arguments given by address. The types come from the compiler, so typedefs,
-// macros and `const` need no parsing.
+// macros and `const` need no parsing. program.py includes this file before the source, whose macros
+// can't reach it so; they reach the lines behind it, in which all names begin with convt_lab.
 
 #pragma once
 
@@ -41,13 +42,6 @@ std::string type_code() {
   }
 }
 
-template <class... P>
-std::string signature(void (*)(P...)) {
-  std::string codes;
-  ((codes += type_code<P>() + ";"), ...);
-  return codes;
-}
-
 template <class... P, std::size_t... I>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
                    [[maybe_unused]] void** arguments, cudaStream_t stream,
@@ -59,28 +53,39 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shar
   return cudaGetLastError();
 }
 
+}  // namespace convt_lab
+
+using convt_lab_size = std::size_t;
+
+// In a namespace without a name: each library has a memory of its own.
+namespace {
+
 template <class... P>
-cudaError_t launch(void (*kernel)(P...), const unsigned* grid, const unsigned* block,
-                   std::size_t shared_bytes, void** arguments, void* stream) {
-  return launch(kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
-                shared_bytes, arguments, static_cast<cudaStream_t>(stream),
-                std::index_sequence_for<P...>{});
+const char* convt_lab_signature(void (*)(P...)) {
+  static const std::string codes = ((convt_lab::type_code<P>() + ";") + ... + std::string());
+  return codes.c_str();
 }
 
-}  // namespace convt_lab
+template <class... P>
+int convt_lab_launch(void (*kernel)(P...), const unsigned* grid, const unsigned* block,
+                     std::size_t shared_bytes, void** arguments, void* stream) {
+  return convt_lab::launch(kernel, dim3(grid[0], grid[1], grid[2]),
+                           dim3(block[0], block[1], block[2]), shared_bytes, arguments,
+                           static_cast<cudaStream_t>(stream), std::index_sequence_for<P...>{});
+}
+
+}  // namespace
 
 extern "C" const char* convt_lab_error_string(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
 // `symbol` names the C functions; `kernel` may be qualified with its namespace.
-#define CONVT_LAB_LAUNCHABLE(symbol, kernel)                                            \
-  extern "C" const char* convt_lab_signature_##symbol() {                               \
-    static const std::string signature = convt_lab::signature(kernel);                  \
-    return signature.c_str();                                                           \
-  }                                                                                     \
-  extern "C" int convt_lab_launch_##symbol(const unsigned* grid, const unsigned* block, \
-                                           std::size_t shared_bytes, void** arguments,  \
-                                           void* stream) {                              \
-    return convt_lab::launch(kernel, grid, block, shared_bytes, arguments, stream);     \
+#define CONVT_LAB_LAUNCHABLE(symbol, kernel)                                                       \
+  extern "C" const char* convt_lab_signature_##symbol() { return convt_lab_signature(kernel); }    \
+  extern "C" int convt_lab_launch_##symbol(                                                        \
+      const unsigned* convt_lab_grid, const unsigned* convt_lab_block,                             \
+      convt_lab_size convt_lab_shared_bytes, void** convt_lab_arguments, void* convt_lab_stream) { \
+    return convt_lab_launch(kernel, convt_lab_grid, convt_lab_block, convt_lab_shared_bytes,       \
+                            convt_lab_arguments, convt_lab_stream);                                \
   }

@@ -26,6 +26,7 @@ from convt_lab.backend import (
     compile_error,
     error_string,
     kernel_headers,
+    undefined_error,
 )
 from convt_lab.build import (
     BuildError,
@@ -54,7 +55,8 @@ _FLAGS = (
     *("-std=c++17", "-fPIC", "-pthread"),
     *("-ffp-contract=off", "-fno-gnu-unique", "-fno-strict-aliasing"),
 )
-_LINK_FLAGS = ("-shared", "-pthread", "-Wl,-Bsymbolic")
+# -z defs: a function without a body is found here, where its name is known, and not by the loader.
+_LINK_FLAGS = ("-shared", "-pthread", "-Wl,-Bsymbolic", "-Wl,-z,defs")
 _SPEED_FLAGS = ("-O2", "-g1")
 # A call before every access (see tracer.h), in code in which each access of the source stands once:
 # lanes at the same place must be at the same address. No scalar replacement: a float4 stays one
@@ -139,7 +141,7 @@ def _compile(
             if cause := status != 0 and outside_cause(output):
                 raise BuildError(f"{compiler} failed: {cause}")
             if status != 0:
-                raise compile_error("g++", output)
+                raise undefined_error(output) or compile_error("g++", output)
 
     version = f"{tool_identity(compiler)} {_compiler_version(compiler)} {platform.machine()}"
     key = [source, " ".join(flags), version, *headers.values(), *map(str, libraries)]

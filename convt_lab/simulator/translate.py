@@ -12,14 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-__all__ = ["mask_comments_and_strings", "translate", "uses_goto"]
+__all__ = ["mask_comments_and_strings", "mask_unused", "translate", "uses_goto"]
 
 _TOKEN = re.compile(
-    r"""//[^\n]*            # line comment
+    r"""//(?:\\\n|[^\n])*  # line comment
       | /\*.*?(?:\*/|\Z)   # block comment
       | R"(?P<d>[^(\s]*)\(.*?\)(?P=d)"        # raw string
       | "(?:\\.|[^"\\\n])*"                   # string
-      | (?<![0-9A-Za-z_])'(?:\\.|[^'\\\n])+'  # character (not a digit separator)
+      | (?<![0-9A-Za-z_])(?:u8|[uUL])?'(?:\\.|[^'\\\n])+'  # character (not a digit separator)
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -32,6 +32,7 @@ _DYNAMIC_SHARED = re.compile(
 )
 # The macro for __shared__ says `static`, too.
 _STATIC = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=\b__shared__)\s+static\b")
+_CONDITIONAL = re.compile(r"\s*#\s*(?P<word>if|ifdef|ifndef|elif|else|endif)\b(?P<value>.*)")
 _NOINLINE = re.compile(r"(?<!\()\b__noinline__\b")  # not in __attribute__((__noinline__))
 _LOOP = re.compile(r"\b(?:for|while|do)\b")
 _WORD = re.compile(r"\s*([A-Za-z_]\w*)?")
@@ -41,6 +42,29 @@ _ALIGNMENT = re.compile(r"\b(?:__align__|alignas)\s*\([^()]*\)")
 def mask_comments_and_strings(source: str) -> str:
     """Return `source` with the contents of comments and strings blanked, every position kept."""
     return _TOKEN.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), source)
+
+
+def mask_unused(code: str) -> str:
+    """Return masked `code` with what stands behind ``#if 0`` blanked too, every position kept.
+
+    What other conditions leave out stays: only the compiler knows their values.
+    """
+    lines = code.splitlines(keepends=True)
+    # For each #if that is open: whether its lines are left out, and whether all later branches are.
+    open_groups: list[tuple[bool, bool]] = []
+    for number, line in enumerate(lines):
+        directive = _CONDITIONAL.match(line)
+        word = directive["word"] if directive else None
+        if word in ("if", "ifdef", "ifndef"):
+            value = directive["value"].strip() if word == "if" else ""
+            open_groups.append((value in ("0", "false"), value in ("1", "true")))
+        elif word in ("else", "elif") and open_groups:
+            open_groups[-1] = (open_groups[-1][1], open_groups[-1][1])
+        elif word == "endif" and open_groups:
+            open_groups.pop()
+        elif any(left_out for left_out, _ in open_groups):
+            lines[number] = re.sub(r"[^\n]", " ", line)
+    return "".join(lines)
 
 
 def uses_goto(source: str) -> bool:
