@@ -1174,9 +1174,20 @@ char __tsan_atomic8_load(const volatile char* a, int) {
 }
 void __tsan_vptr_read(void**) {}
 void __tsan_vptr_update(void**, void*) {}
+// So that a loop or a recursion without end takes neither all memory nor hours.
+static void check_is_not_full(cudasim::Tracer* tracer) {
+  if (!tracer->is_full()) return;
+  char text[200];
+  std::snprintf(text, sizeof(text),
+                "the thread is %zu accesses and %zu iterations or calls ahead of others, more than "
+                "a trace can keep: it seems to run for ever",
+                tracer->open_requests(), tracer->open_contexts());
+  worker->abort(CUDASIM_STEP_LIMIT, 0, text);
+}
 void __tsan_func_entry(void* caller) {
   if (cudasim::Tracer* tracer = current_tracer()) {
     tracer->enter_function(reinterpret_cast<std::uint64_t>(caller));
+    check_is_not_full(tracer);
   }
 }
 void __tsan_func_exit() {
@@ -1184,6 +1195,7 @@ void __tsan_func_exit() {
 }
 
 static void take_step(cudasim::Tracer* tracer) {
+  check_is_not_full(tracer);
   if (!tracer->take_step()) {
     worker->abort(CUDASIM_STEP_LIMIT, 0, "the launch takes more steps than it may");
   }
