@@ -277,6 +277,22 @@ def test_a_message_gives_an_example():
     )
 
 
+def test_an_error_says_where_a_misaligned_vector_is():
+    source = BUGS["a vector at an odd place"][2]
+    program = lab.compile(source, "simulator")
+    with pytest.raises(lab.KernelError, match=r"access: 4 bytes from the start of 'x' \(256 bytes"):
+        program.launch("run", 1, 32, [floats(64), floats(32)], trace=True)
+
+
+def test_what_is_far_from_every_buffer_is_told_as_an_address():
+    source = "__global__ void run(float* x) { x[1ll << 40] = 1.0f; }"
+    program = lab.compile(source, "simulator")
+    with pytest.raises(lab.KernelError, match=r"every buffer: address 0x[0-9a-f]+$") as caught:
+        program.launch("run", 1, 1, [floats(4)], trace=True)
+    (hazard,) = caught.value.report.hazards
+    assert hazard.message.endswith("goes to an address outside every buffer")
+
+
 @pytest.mark.parametrize(
     ("bug", "message"),
     [

@@ -20,6 +20,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -46,11 +47,13 @@ constexpr int kLaunchFailure = 719;       // cudaErrorLaunchFailure
 constexpr int kMaxThreads = 1024;         // per block, on every architecture
 constexpr int kWarpSize = 32;
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // per block, sm_90
-constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr std::size_t kStackBytes = 128 * 1024;      // as stack_fault says
+constexpr std::size_t kStackGuardBytes = 64 * 1024;  // so that a large frame does not step over it
 constexpr std::size_t kAlternateStackBytes = 64 * 1024;
 constexpr std::size_t kBufferAlignment = 256;  // cudaMalloc's
 // On either side of a buffer: what a 32-bit index into 4-byte values can reach.
 constexpr std::size_t kGuardBytes = std::size_t{8} << 30;
+constexpr std::uint64_t kNoAddress = ~std::uint64_t{0};
 constexpr unsigned char kPoison = 0xFF;  // four of them are a NaN, and -1 as an integer
 
 // ---------------------------------------------------------------------------------------------
@@ -153,8 +156,6 @@ struct Context {
 
 #else
 
-#include <ucontext.h>
-
 struct Context {
   ucontext_t context;
 
@@ -182,18 +183,19 @@ struct Fiber {
   char* stack = nullptr;
 
   Fiber() {
-    void* memory = mmap(nullptr, page_bytes() + kStackBytes, PROT_READ | PROT_WRITE,
+    void* memory = mmap(nullptr, 2 * kStackGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
       if (const auto handler = std::get_new_handler()) handler();
       throw std::bad_alloc();
     }
-    // A guard page below the stack turns an overflow into a fault. Failing to set it (too many
-    // mappings) only loses that check.
-    (void)mprotect(memory, page_bytes(), PROT_NONE);
-    stack = static_cast<char*>(memory) + page_bytes();
+    // Guards below the stack turn an overflow into a fault, and those above it an index
+    // behind a local array. Failing to set them (too many mappings) only loses that check.
+    (void)mprotect(memory, kStackGuardBytes, PROT_NONE);
+    stack = static_cast<char*>(memory) + kStackGuardBytes;
+    (void)mprotect(stack + kStackBytes, kStackGuardBytes, PROT_NONE);
   }
-  ~Fiber() { munmap(stack - page_bytes(), page_bytes() + kStackBytes); }
+  ~Fiber() { munmap(stack - kStackGuardBytes, 2 * kStackGuardBytes + kStackBytes); }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 };
@@ -241,6 +243,17 @@ class Worker {
   std::uint32_t exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes);
   [[noreturn]] void abort(int kind, std::uint64_t address, const char* text);
   bool in_fiber() const { return in_fiber_; }
+  // What is wrong if the running thread's stack has been left at `address`, or null.
+  const char* stack_fault(std::uint64_t address) const {
+    const auto stack = reinterpret_cast<std::uint64_t>(running_->stack);
+    if (address - (stack - kStackGuardBytes) < kStackGuardBytes) {
+      return "the thread's stack is full: recursion, or local arrays of more than 128 KiB";
+    }
+    if (address - (stack + kStackBytes) < kStackGuardBytes) {
+      return "the thread wrote behind its local variables";
+    }
+    return nullptr;
+  }
   void out_of_memory();
 
   // A signal that the launch is to stop may come between any two instructions. While something is
@@ -826,7 +839,20 @@ std::mutex reservations_mutex;
 // ---------------------------------------------------------------------------------------------
 // Faults. The handlers are in place only while a launch runs.
 
-void on_fault(int signal, siginfo_t* info, void*) {
+// Where the processor was.
+std::uint64_t instruction_pointer(const void* context) {
+  const auto& machine = static_cast<const ucontext_t*>(context)->uc_mcontext;
+#if defined(__x86_64__)
+  return static_cast<std::uint64_t>(machine.gregs[REG_RIP]);
+#elif defined(__aarch64__)
+  return machine.pc;
+#else
+  (void)machine;
+  return ~std::uint64_t{0};
+#endif
+}
+
+void on_fault(int signal, siginfo_t* info, void* context) {
   if (worker == nullptr || !worker->in_fiber()) {
     // Not ours: put the old handler back, return, and let the instruction fault again.
     sigaction(signal, &SignalGuard::replaced(signal), nullptr);
@@ -836,7 +862,15 @@ void on_fault(int signal, siginfo_t* info, void*) {
   if (signal == SIGILL) worker->abort(CUDASIM_TRAP, 0, "the kernel reached a trap");
   // A misaligned vector access faults without telling its address.
   const bool told = info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR;
-  const auto address = told ? reinterpret_cast<std::uint64_t>(info->si_addr) : 0;
+  const auto address = told ? reinterpret_cast<std::uint64_t>(info->si_addr) : kNoAddress;
+  if (told) {
+    if (const char* text = worker->stack_fault(address)) worker->abort(CUDASIM_TRAP, 0, text);
+    if (address == instruction_pointer(context)) {
+      worker->abort(CUDASIM_TRAP, 0,
+                    "the thread left its code: it wrote behind its local variables, or called a "
+                    "wild function pointer");
+    }
+  }
   worker->abort(CUDASIM_BAD_ACCESS, address,
                 told ? "access outside every buffer" : "misaligned vector access or wild pointer");
 }

@@ -31,6 +31,7 @@ constexpr int kLanes = 32;
 constexpr int kSectorBytes = 32;
 constexpr int kBanks = 32;
 constexpr int kBankBytes = 4;
+constexpr std::uint64_t kReach = std::uint64_t{8} << 30;  // as runtime.cpp's kGuardBytes
 // What is kept of accesses that other lanes may still join, in all warps of a block.
 constexpr std::uint64_t kMostOpenBytes = std::uint64_t{1} << 30;
 // What is worth freeing where nobody can join any more, and the most that is kept for the next use.
@@ -516,7 +517,7 @@ class Tracer {
 
   int nearest(std::uint64_t address) const {
     int best = -1;
-    std::uint64_t best_distance = ~0ull;
+    std::uint64_t best_distance = kReach;  // else it has nothing to do with the buffer
     for (const auto& [start, index] : by_address_) {
       const std::uint64_t end = start + states_[index].buffer.bytes;
       const std::uint64_t distance = address < start ? start - address : address - end;
