@@ -284,6 +284,14 @@ def test_an_error_says_where_a_misaligned_vector_is():
         program.launch("run", 1, 32, [floats(64), floats(32)], trace=True)
 
 
+@pytest.mark.parametrize("trace", [False, True])
+def test_shared_memory_that_the_launch_did_not_give(trace):
+    source = "__global__ void run(float* x) { extern __shared__ float s[]; x[0] = s[0] = 1.0f; }"
+    program = lab.compile(source, "simulator")
+    with pytest.raises(lab.KernelError, match="no dynamic shared memory: pass shared_bytes"):
+        program.launch("run", 1, 1, [floats(4)], trace=trace)
+
+
 def test_what_is_far_from_every_buffer_is_told_as_an_address():
     source = "__global__ void run(float* x) { x[1ll << 40] = 1.0f; }"
     program = lab.compile(source, "simulator")

@@ -360,6 +360,23 @@ Library find_library(const void* address) {
   return search.found;
 }
 
+// Stands for the dynamic shared memory of a launch that gives none: an address of its own, so that
+// an access is not taken for one through a null pointer. Null if there are no more addresses.
+char* no_shared() {
+  static char* const place = [] {
+    void* memory = mmap(nullptr, 2 * kMaxSharedBytes, PROT_NONE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
+  }();
+  return place;
+}
+
+const char* no_shared_fault(std::uint64_t address) {
+  const auto start = reinterpret_cast<std::uint64_t>(no_shared());
+  if (start == 0 || address - start >= 2 * kMaxSharedBytes) return nullptr;
+  return "the launch gave no dynamic shared memory: pass shared_bytes, or a third value in <<<>>>";
+}
+
 Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tracer* tracer,
                Watch& watch)
     : launch_(launch), watch_(watch), tracer_(tracer) {
@@ -379,6 +396,8 @@ Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tra
   if (launch.shared_bytes > 0) {
     dynamic_shared_ = cudasim_allocate(launch.shared_bytes);
     if (dynamic_shared_ == nullptr) out_of_memory();
+  } else {
+    dynamic_shared_ = no_shared();
   }
 
   alternate_stack_ = std::make_unique<char[]>(kAlternateStackBytes);
@@ -401,7 +420,7 @@ Worker::~Worker() {
   worker = nullptr;
   if ((old_alternate_stack_.ss_flags & SS_ONSTACK) == 0)
     sigaltstack(&old_alternate_stack_, nullptr);
-  if (dynamic_shared_ != nullptr) cudasim_release(dynamic_shared_);
+  if (launch_.shared_bytes > 0) cudasim_release(dynamic_shared_);
 }
 
 bool Worker::run_block(CudasimIndex block, std::uint64_t linear) {
@@ -419,7 +438,7 @@ bool Worker::run_block(CudasimIndex block, std::uint64_t linear) {
   idle_.clear();
   for (auto& fiber : fibers_) idle_.push_back(fiber.get());
   std::memset(shared_, kPoison, shared_bytes_);
-  if (dynamic_shared_ != nullptr) std::memset(dynamic_shared_, kPoison, launch_.shared_bytes);
+  if (launch_.shared_bytes > 0) std::memset(dynamic_shared_, kPoison, launch_.shared_bytes);
 
   Context* first = nullptr;
   try {
@@ -864,6 +883,9 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   const bool told = info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR;
   const auto address = told ? reinterpret_cast<std::uint64_t>(info->si_addr) : kNoAddress;
   if (told) {
+    if (const char* text = no_shared_fault(address)) {
+      worker->abort(CUDASIM_BAD_ACCESS, kNoAddress, text);
+    }
     if (const char* text = worker->stack_fault(address)) worker->abort(CUDASIM_TRAP, 0, text);
     if (address == instruction_pointer(context)) {
       worker->abort(CUDASIM_TRAP, 0,
@@ -1173,7 +1195,9 @@ static void trace_access(std::uint64_t pc, const void* address, std::size_t byte
   if (tracer == nullptr) return;
   const auto where = reinterpret_cast<std::uint64_t>(address);
   const char* fault = tracer->access(pc, where, static_cast<std::uint32_t>(bytes), op);
-  if (fault != nullptr) worker->abort(CUDASIM_BAD_ACCESS, where, fault);
+  if (fault == nullptr) return;
+  const char* const missing = no_shared_fault(where);
+  worker->abort(CUDASIM_BAD_ACCESS, missing ? kNoAddress : where, missing ? missing : fault);
 }
 
 void cudasim_atomic(const void* address, std::size_t bytes) {
