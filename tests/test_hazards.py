@@ -1,6 +1,8 @@
 """Planted bugs, each found at its line; and no hazard where there is none."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -275,6 +277,30 @@ def test_a_message_gives_an_example():
     )
 
 
+def test_an_error_says_where_a_misaligned_vector_is():
+    source = BUGS["a vector at an odd place"][2]
+    program = lab.compile(source, "simulator")
+    with pytest.raises(lab.KernelError, match=r"access: 4 bytes from the start of 'x' \(256 bytes"):
+        program.launch("run", 1, 32, [floats(64), floats(32)], trace=True)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_shared_memory_that_the_launch_did_not_give(trace):
+    source = "__global__ void run(float* x) { extern __shared__ float s[]; x[0] = s[0] = 1.0f; }"
+    program = lab.compile(source, "simulator")
+    with pytest.raises(lab.KernelError, match="no dynamic shared memory: pass shared_bytes"):
+        program.launch("run", 1, 1, [floats(4)], trace=trace)
+
+
+def test_what_is_far_from_every_buffer_is_told_as_an_address():
+    source = "__global__ void run(float* x) { x[1ll << 40] = 1.0f; }"
+    program = lab.compile(source, "simulator")
+    with pytest.raises(lab.KernelError, match=r"every buffer: address 0x[0-9a-f]+$") as caught:
+        program.launch("run", 1, 1, [floats(4)], trace=True)
+    (hazard,) = caught.value.report.hazards
+    assert hazard.message.endswith("goes to an address outside every buffer")
+
+
 @pytest.mark.parametrize(
     ("bug", "message"),
     [
@@ -396,6 +422,87 @@ def test_a_kernel_that_never_ends_is_stopped(monkeypatch):
     with pytest.raises(lab.KernelError, match="more steps than it may") as caught:
         program.launch("run", 1, 1, [np.zeros(1, np.int32)], trace=True)
     assert caught.value.report.totals["global_load_requests"] > 1000
+
+
+AHEAD = """
+import re, resource, sys
+import numpy as np
+import convt_lab as lab
+
+block, source, *rounds = eval(sys.argv[1])
+program = lab.compile(source, "simulator")
+x = np.zeros(32, np.float32)
+program.launch("run", 1, 1, [x, 1], trace=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for n in rounds:
+    try:
+        report = program.launch("run", 1, block, [x, n], trace=True)
+        print(report.totals["global_load_requests"], report.totals["global_load_sectors"])
+    except lab.KernelError as error:
+        print(re.sub("[0-9]+ ", "N ", str(error)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def ahead(block, source, *rounds):
+    """Trace ``run`` in a process of its own; return what it says, and the KiB that it took."""
+    done = subprocess.run(
+        [sys.executable, "-c", AHEAD, repr((block, source, *rounds))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    *said, taken = done.stdout.splitlines()
+    return said, int(taken)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while (n > 1) x[0] += x[1];",
+        "for (volatile int i = 0; n > 1; ++i) {}",
+        "x[0] = n > 1 ? twice(n) : 0;",
+    ],
+)
+def test_a_thread_that_runs_away_from_its_warp_does_not_eat_the_memory(body):
+    source = f"""
+    __device__ int twice(int n) {{
+      return n > 1 ? twice(n > 60 ? 60 : n - 1) + twice(n - 1) : 1;
+    }}
+    __global__ void run(volatile float* x, int n) {{ {body} }}
+    """
+    (said,), taken = ahead(64, source, 100)
+    assert said == (
+        "run stopped in block (0, 0, 0), thread (0, 0, 0): the thread is N accesses and N "
+        "iterations or calls ahead of others, more than a trace can keep: it seems to run for ever"
+    )
+    assert taken < 1.7 * 2**20
+
+
+@pytest.mark.parametrize("block", [1, 33])
+def test_what_the_last_lane_of_a_warp_does_alone_is_counted_and_not_kept(block):
+    """The loop's requests are freed early; what comes before and behind is joined as ever."""
+    source = """
+    __device__ float get(const float* x, int i) { return x[i % 32]; }
+    __global__ void run(float* x, int n) {
+      float sum = x[threadIdx.x % 32];
+      for (int j = 0; j < 3; ++j) {
+        sum += get(x, threadIdx.x);
+        if (threadIdx.x + 1 == blockDim.x) {
+          for (int i = 0; i < n; ++i) sum += get(x, i) + x[0];
+        }
+        sum += x[(threadIdx.x + j) % 32];
+      }
+      if (sum == 12345.0f) x[threadIdx.x % 32] = sum;
+    }
+    """
+    rounds = 10, 100_000, 300_000
+    said, taken = ahead(block, source, *rounds)
+    own = 7 + 7 * (block > 32)
+    sectors = 7 + 28 * (block > 32)
+    assert said == [f"{own + 6 * n} {sectors + 6 * n}" for n in rounds]
+    assert taken < 128 * 2**10
 
 
 def test_steps_are_counted_and_may_be_limited():

@@ -495,6 +495,46 @@ def test_a_clock_goes_on():
     assert out[0] == 1
 
 
+BEHIND_LOCALS = """
+import sys
+import numpy as np
+import convt_lab as lab
+
+program = lab.compile('''
+__global__ void run(float* a, int n) {
+  float t[4];
+  for (int j = 0; j <= n; ++j) t[j] = a[j % 32];
+  a[0] = t[0];
+}
+''', "simulator")
+a = np.full(32, float(sys.argv[2]), np.float32)
+for block in 1, 40:
+    try:
+        program.launch("run", 3, block, [a, int(sys.argv[1])])
+    except lab.KernelError as error:
+        print(error)
+x = np.zeros(1, np.float32)
+lab.compile("__global__ void run(float* x) { *x = 5; }", "simulator").launch("run", 1, 1, [x])
+assert x == 5
+"""
+
+
+@pytest.mark.parametrize("value", ["0", "1.5"])
+@pytest.mark.parametrize("n", [1000, 20000, 40000, 100000])
+def test_an_index_behind_a_local_array_is_an_error_and_no_crash(n, value):
+    done = subprocess.run(
+        [sys.executable, "-c", BEHIND_LOCALS, str(n), value],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("the thread wrote behind its local variables" in line for line in lines)
+
+
 class TestFaults:
     """A kernel that fails is an exception that says where, and Python lives on."""
 
@@ -522,7 +562,9 @@ class TestFaults:
         )
 
     def test_a_null_pointer(self):
-        self.check("__global__ void run(float* x) { x[1] = 2.0f; }", "null pointer", [None])
+        for index in (0, 1):
+            source = f"__global__ void run(float* x) {{ x[{index}] = 2.0f; }}"
+            self.check(source, f"address 0x{4 * index} .a null pointer", [None])
 
     def test_a_misaligned_vector(self):
         self.check(
@@ -604,7 +646,7 @@ class TestFaults:
             }
             __global__ void run(int* x) { *x = deep(0); }
             """,
-            "run stopped",
+            r"stack is full: recursion, or local arrays of more than 128 KiB$",
             [np.zeros(1, np.int32)],
         )
 

@@ -69,6 +69,9 @@ _TRACE_FLAGS = (
 _GOTO_FLAGS = ("-fsanitize-coverage=trace-pc",)
 
 
+# An address further from a buffer than its guards reach (runtime.cpp) has nothing to do with it.
+_REACH = 8 << 30
+
 #: Seconds that a launch may take, unless ``CONVT_LAB_LAUNCH_TIMEOUT`` says otherwise.
 LAUNCH_TIMEOUT = 3600.0
 
@@ -181,6 +184,7 @@ class _Failure(ctypes.Structure):
     BAD_ACCESS = 1
     BAD_CONFIGURATION = 5
     STOPPED = 8
+    NO_ADDRESS = 2**64 - 1
 
     _fields_ = [
         ("kind", ctypes.c_int),
@@ -307,7 +311,7 @@ class Simulator(Backend):
         where = f"block {failure.block}, thread {failure.thread}"
         if failure.kind == _Failure.STOPPED and text != "interrupted":
             text += f": {launch_timeout():g} s (CONVT_LAB_LAUNCH_TIMEOUT); does it ever end?"
-        if failure.kind == _Failure.BAD_ACCESS and failure.address:
+        if failure.kind == _Failure.BAD_ACCESS and failure.address != _Failure.NO_ADDRESS:
             text = f"{text}: {self._place(failure.address)}"
         return KernelError(f"{kernel} stopped in {where}: {text}")
 
@@ -316,13 +320,18 @@ class Simulator(Backend):
 
         def distance(lent: tuple[str, int, int]) -> int:
             _, start, nbytes = lent
-            return start - address if address < start else address - (start + nbytes)
+            return max(start - address, address - (start + nbytes))
 
-        if not self._lent or address < 4096:
-            return f"address {address:#x}" + (" (a null pointer)" if address < 4096 else "")
-        name, start, nbytes = min(self._lent, key=distance)
+        if address < 4096:
+            return f"address {address:#x} (a null pointer)"
+        nearest = min(self._lent, key=distance, default=None)
+        if nearest is None or distance(nearest) > _REACH:
+            return f"address {address:#x}"
+        name, start, nbytes = nearest
         if address < start:
             return f"{start - address} bytes before the start of {name!r}"
+        if address < start + nbytes:
+            return f"{address - start} bytes from the start of {name!r} ({nbytes} bytes)"
         return f"{address - start - nbytes} bytes past the end of {name!r} ({nbytes} bytes)"
 
     def max_shared_bytes(self) -> int:

@@ -20,6 +20,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -46,11 +47,13 @@ constexpr int kLaunchFailure = 719;       // cudaErrorLaunchFailure
 constexpr int kMaxThreads = 1024;         // per block, on every architecture
 constexpr int kWarpSize = 32;
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // per block, sm_90
-constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr std::size_t kStackBytes = 128 * 1024;      // as stack_fault says
+constexpr std::size_t kStackGuardBytes = 64 * 1024;  // so that a large frame does not step over it
 constexpr std::size_t kAlternateStackBytes = 64 * 1024;
 constexpr std::size_t kBufferAlignment = 256;  // cudaMalloc's
 // On either side of a buffer: what a 32-bit index into 4-byte values can reach.
 constexpr std::size_t kGuardBytes = std::size_t{8} << 30;
+constexpr std::uint64_t kNoAddress = ~std::uint64_t{0};
 constexpr unsigned char kPoison = 0xFF;  // four of them are a NaN, and -1 as an integer
 
 // ---------------------------------------------------------------------------------------------
@@ -153,8 +156,6 @@ struct Context {
 
 #else
 
-#include <ucontext.h>
-
 struct Context {
   ucontext_t context;
 
@@ -182,18 +183,19 @@ struct Fiber {
   char* stack = nullptr;
 
   Fiber() {
-    void* memory = mmap(nullptr, page_bytes() + kStackBytes, PROT_READ | PROT_WRITE,
+    void* memory = mmap(nullptr, 2 * kStackGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
       if (const auto handler = std::get_new_handler()) handler();
       throw std::bad_alloc();
     }
-    // A guard page below the stack turns an overflow into a fault. Failing to set it (too many
-    // mappings) only loses that check.
-    (void)mprotect(memory, page_bytes(), PROT_NONE);
-    stack = static_cast<char*>(memory) + page_bytes();
+    // Guards below the stack turn an overflow into a fault, and those above it an index
+    // behind a local array. Failing to set them (too many mappings) only loses that check.
+    (void)mprotect(memory, kStackGuardBytes, PROT_NONE);
+    stack = static_cast<char*>(memory) + kStackGuardBytes;
+    (void)mprotect(stack + kStackBytes, kStackGuardBytes, PROT_NONE);
   }
-  ~Fiber() { munmap(stack - page_bytes(), page_bytes() + kStackBytes); }
+  ~Fiber() { munmap(stack - kStackGuardBytes, 2 * kStackGuardBytes + kStackBytes); }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 };
@@ -241,6 +243,17 @@ class Worker {
   std::uint32_t exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes);
   [[noreturn]] void abort(int kind, std::uint64_t address, const char* text);
   bool in_fiber() const { return in_fiber_; }
+  // What is wrong if the running thread's stack has been left at `address`, or null.
+  const char* stack_fault(std::uint64_t address) const {
+    const auto stack = reinterpret_cast<std::uint64_t>(running_->stack);
+    if (address - (stack - kStackGuardBytes) < kStackGuardBytes) {
+      return "the thread's stack is full: recursion, or local arrays of more than 128 KiB";
+    }
+    if (address - (stack + kStackBytes) < kStackGuardBytes) {
+      return "the thread wrote behind its local variables";
+    }
+    return nullptr;
+  }
   void out_of_memory();
 
   // A signal that the launch is to stop may come between any two instructions. While something is
@@ -347,6 +360,23 @@ Library find_library(const void* address) {
   return search.found;
 }
 
+// Stands for the dynamic shared memory of a launch that gives none: an address of its own, so that
+// an access is not taken for one through a null pointer. Null if there are no more addresses.
+char* no_shared() {
+  static char* const place = [] {
+    void* memory = mmap(nullptr, 2 * kMaxSharedBytes, PROT_NONE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
+  }();
+  return place;
+}
+
+const char* no_shared_fault(std::uint64_t address) {
+  const auto start = reinterpret_cast<std::uint64_t>(no_shared());
+  if (start == 0 || address - start >= 2 * kMaxSharedBytes) return nullptr;
+  return "the launch gave no dynamic shared memory: pass shared_bytes, or a third value in <<<>>>";
+}
+
 Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tracer* tracer,
                Watch& watch)
     : launch_(launch), watch_(watch), tracer_(tracer) {
@@ -366,6 +396,8 @@ Worker::Worker(const CudasimLaunch& launch, const Library& library, cudasim::Tra
   if (launch.shared_bytes > 0) {
     dynamic_shared_ = cudasim_allocate(launch.shared_bytes);
     if (dynamic_shared_ == nullptr) out_of_memory();
+  } else {
+    dynamic_shared_ = no_shared();
   }
 
   alternate_stack_ = std::make_unique<char[]>(kAlternateStackBytes);
@@ -388,7 +420,7 @@ Worker::~Worker() {
   worker = nullptr;
   if ((old_alternate_stack_.ss_flags & SS_ONSTACK) == 0)
     sigaltstack(&old_alternate_stack_, nullptr);
-  if (dynamic_shared_ != nullptr) cudasim_release(dynamic_shared_);
+  if (launch_.shared_bytes > 0) cudasim_release(dynamic_shared_);
 }
 
 bool Worker::run_block(CudasimIndex block, std::uint64_t linear) {
@@ -406,7 +438,7 @@ bool Worker::run_block(CudasimIndex block, std::uint64_t linear) {
   idle_.clear();
   for (auto& fiber : fibers_) idle_.push_back(fiber.get());
   std::memset(shared_, kPoison, shared_bytes_);
-  if (dynamic_shared_ != nullptr) std::memset(dynamic_shared_, kPoison, launch_.shared_bytes);
+  if (launch_.shared_bytes > 0) std::memset(dynamic_shared_, kPoison, launch_.shared_bytes);
 
   Context* first = nullptr;
   try {
@@ -826,7 +858,20 @@ std::mutex reservations_mutex;
 // ---------------------------------------------------------------------------------------------
 // Faults. The handlers are in place only while a launch runs.
 
-void on_fault(int signal, siginfo_t* info, void*) {
+// Where the processor was.
+std::uint64_t instruction_pointer(const void* context) {
+  const auto& machine = static_cast<const ucontext_t*>(context)->uc_mcontext;
+#if defined(__x86_64__)
+  return static_cast<std::uint64_t>(machine.gregs[REG_RIP]);
+#elif defined(__aarch64__)
+  return machine.pc;
+#else
+  (void)machine;
+  return ~std::uint64_t{0};
+#endif
+}
+
+void on_fault(int signal, siginfo_t* info, void* context) {
   if (worker == nullptr || !worker->in_fiber()) {
     // Not ours: put the old handler back, return, and let the instruction fault again.
     sigaction(signal, &SignalGuard::replaced(signal), nullptr);
@@ -836,7 +881,18 @@ void on_fault(int signal, siginfo_t* info, void*) {
   if (signal == SIGILL) worker->abort(CUDASIM_TRAP, 0, "the kernel reached a trap");
   // A misaligned vector access faults without telling its address.
   const bool told = info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR;
-  const auto address = told ? reinterpret_cast<std::uint64_t>(info->si_addr) : 0;
+  const auto address = told ? reinterpret_cast<std::uint64_t>(info->si_addr) : kNoAddress;
+  if (told) {
+    if (const char* text = no_shared_fault(address)) {
+      worker->abort(CUDASIM_BAD_ACCESS, kNoAddress, text);
+    }
+    if (const char* text = worker->stack_fault(address)) worker->abort(CUDASIM_TRAP, 0, text);
+    if (address == instruction_pointer(context)) {
+      worker->abort(CUDASIM_TRAP, 0,
+                    "the thread left its code: it wrote behind its local variables, or called a "
+                    "wild function pointer");
+    }
+  }
   worker->abort(CUDASIM_BAD_ACCESS, address,
                 told ? "access outside every buffer" : "misaligned vector access or wild pointer");
 }
@@ -1140,7 +1196,9 @@ static void trace_access(std::uint64_t pc, const void* address, std::size_t byte
   if (tracer == nullptr) return;
   const auto where = reinterpret_cast<std::uint64_t>(address);
   const char* fault = tracer->access(pc, where, static_cast<std::uint32_t>(bytes), op);
-  if (fault != nullptr) worker->abort(CUDASIM_BAD_ACCESS, where, fault);
+  if (fault == nullptr) return;
+  const char* const missing = no_shared_fault(where);
+  worker->abort(CUDASIM_BAD_ACCESS, missing ? kNoAddress : where, missing ? missing : fault);
 }
 
 void cudasim_atomic(const void* address, std::size_t bytes) {
@@ -1175,9 +1233,20 @@ char __tsan_atomic8_load(const volatile char* a, int) {
 }
 void __tsan_vptr_read(void**) {}
 void __tsan_vptr_update(void**, void*) {}
+// So that a loop or a recursion without end takes neither all memory nor hours.
+static void check_is_not_full(cudasim::Tracer* tracer) {
+  if (!tracer->is_full()) return;
+  char text[200];
+  std::snprintf(text, sizeof(text),
+                "the thread is %zu accesses and %zu iterations or calls ahead of others, more than "
+                "a trace can keep: it seems to run for ever",
+                tracer->open_requests(), tracer->open_contexts());
+  worker->abort(CUDASIM_STEP_LIMIT, 0, text);
+}
 void __tsan_func_entry(void* caller) {
   if (cudasim::Tracer* tracer = current_tracer()) {
     tracer->enter_function(reinterpret_cast<std::uint64_t>(caller));
+    check_is_not_full(tracer);
   }
 }
 void __tsan_func_exit() {
@@ -1185,6 +1254,7 @@ void __tsan_func_exit() {
 }
 
 static void take_step(cudasim::Tracer* tracer) {
+  check_is_not_full(tracer);
   if (!tracer->take_step()) {
     worker->abort(CUDASIM_STEP_LIMIT, 0, "the launch takes more steps than it may");
   }

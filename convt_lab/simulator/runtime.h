@@ -34,7 +34,7 @@ enum CudasimFailureKind : int {
   CUDASIM_NONE = 0,
   CUDASIM_BAD_ACCESS = 1,         // an address outside every buffer, or a misaligned vector
   CUDASIM_ARITHMETIC = 2,         // integer division by zero
-  CUDASIM_TRAP = 3,               // __trap() or a failed assert
+  CUDASIM_TRAP = 3,               // __trap(), a failed assert, or a broken stack
   CUDASIM_DEADLOCK = 4,           // threads wait for others that never come
   CUDASIM_BAD_CONFIGURATION = 5,  // grid, block or shared memory outside the limits
   CUDASIM_STEP_LIMIT = 6,         // more basic blocks than a traced launch may run
@@ -44,7 +44,7 @@ enum CudasimFailureKind : int {
 
 struct CudasimFailure {
   int kind;
-  std::uint64_t address;  // for CUDASIM_BAD_ACCESS; 0 if the processor did not tell
+  std::uint64_t address;  // for CUDASIM_BAD_ACCESS; all ones if the processor did not tell
   CudasimIndex block, thread;
   char text[256];
 };

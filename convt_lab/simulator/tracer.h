@@ -31,6 +31,11 @@ constexpr int kLanes = 32;
 constexpr int kSectorBytes = 32;
 constexpr int kBanks = 32;
 constexpr int kBankBytes = 4;
+constexpr std::uint64_t kReach = std::uint64_t{8} << 30;  // as runtime.cpp's kGuardBytes
+// What is kept of accesses that other lanes may still join, in all warps of a block.
+constexpr std::uint64_t kMostOpenBytes = std::uint64_t{1} << 30;
+// What is worth freeing where nobody can join any more, and the most that is kept for the next use.
+constexpr std::size_t kManyEntries = 1 << 16;
 
 enum Operation : std::uint8_t { kLoad = 1, kStore, kAtomic };
 
@@ -103,8 +108,17 @@ class Tracer {
     lane_ = &lanes_[thread];
     bit_ = thread % kLanes;
     warp_ = &warps_[thread / kLanes];
-    if (warp_->requests == nullptr) warp_->requests = take(spare_requests_);
+    if (warp_->requests == nullptr) {
+      warp_->requests = take(spare_requests_);
+      warp_->shared_requests = 0;
+    }
     if (warp_->contexts == nullptr) warp_->contexts = take(spare_contexts_);
+    const bool is_last = warp_->finished + 1 == lanes_of(thread / kLanes);
+    if (is_last && !warp_->has_last_lane) {
+      warp_->shared_requests = warp_->requests->list().size();
+      warp_->shared_contexts = warp_->contexts->size();
+    }
+    warp_->has_last_lane = is_last;
     stack_ = reinterpret_cast<std::uint64_t>(stack);
     stack_end_ = stack_ + bytes;
   }
@@ -153,17 +167,27 @@ class Tracer {
   // Returns false when the launch has taken more steps than it may.
   bool take_step() { return lane_ == nullptr || ++steps_ <= setup_.max_steps; }
 
+  // Whether a thread is so far ahead of others that what it did can't be kept until they come.
+  bool is_full() const { return open_bytes_ > kMostOpenBytes; }
+  std::size_t open_requests() const { return warp_->requests->list().size(); }
+  std::size_t open_contexts() const { return warp_->contexts->size(); }
+
   void enter_loop() {
-    if (lane_ != nullptr) lane_->context = warp_->contexts->enter_loop(lane_->context);
+    if (lane_ == nullptr) return;
+    lane_->context = warp_->contexts->enter_loop(lane_->context);
+    free_complete();
   }
   void next_iteration() {
-    if (lane_ != nullptr) lane_->context = warp_->contexts->next_iteration(lane_->context);
+    if (lane_ == nullptr) return;
+    lane_->context = warp_->contexts->next_iteration(lane_->context);
+    free_complete();
   }
   void enter_function(std::uint64_t caller) {
     if (lane_ == nullptr) return;
     const auto call = static_cast<std::uint32_t>(caller - library_);
     lane_->context = warp_->contexts->enter_function(lane_->context, call);
     ++lane_->depth;
+    free_complete();
   }
   void leave_loop() {
     if (lane_ != nullptr) lane_->context = warp_->contexts->outer(lane_->context);
@@ -204,6 +228,7 @@ class Tracer {
     const auto instruction = static_cast<std::uint32_t>(pc - library_);
     warp_->requests->add({lane_->context, instruction, index, bytes, op}, bit_,
                          address - state.start, lane_->next);
+    free_complete();
     return nullptr;
   }
 
@@ -244,8 +269,39 @@ class Tracer {
   // instructions differ anyway.
   class Contexts {
    public:
-    Contexts() { clear(); }
-    void clear() { nodes_.assign(1, {}); }
+    explicit Contexts(std::uint64_t& open_bytes) : open_bytes_(open_bytes) { clear(); }
+    ~Contexts() { open_bytes_ -= nodes_.size() * sizeof(Node); }
+    Contexts(const Contexts&) = delete;
+    Contexts& operator=(const Contexts&) = delete;
+
+    void clear() {
+      open_bytes_ -= nodes_.size() * sizeof(Node);
+      if (nodes_.capacity() > kManyEntries) std::vector<Node>().swap(nodes_);
+      nodes_.assign(1, {});
+      open_bytes_ += sizeof(Node);
+    }
+    std::size_t size() const { return nodes_.size(); }
+
+    // Forgets all but the first `kept` nodes and those that lead out from `from`, the place of the
+    // only lane; returns its new place.
+    std::uint32_t forget(std::size_t kept, std::uint32_t from) {
+      open_bytes_ -= nodes_.size() * sizeof(Node);
+      std::vector<Node> path;  // from the inside
+      for (; from >= kept; from = nodes_[from].outer) path.push_back({0, nodes_[from].call});
+      for (std::size_t i = 0; i < kept; ++i) {
+        Node& node = nodes_[i];
+        if (node.next >= kept) node.next = 0;
+        if (node.loop >= kept) node.loop = 0;
+        while (node.calls >= kept) node.calls = nodes_[node.calls].next;  // the latest is first
+      }
+      nodes_.resize(kept);
+      open_bytes_ += kept * sizeof(Node);
+      for (auto node = path.rbegin(); node != path.rend(); ++node) {
+        node->outer = from;
+        from = add(*node);
+      }
+      return from;
+    }
 
     std::uint32_t outer(std::uint32_t of) const { return nodes_[of].outer; }
     std::uint32_t enter_loop(std::uint32_t from) {
@@ -275,9 +331,11 @@ class Tracer {
 
     std::uint32_t add(const Node& node) {
       nodes_.push_back(node);
+      open_bytes_ += sizeof(Node);
       return static_cast<std::uint32_t>(nodes_.size() - 1);
     }
 
+    std::uint64_t& open_bytes_;
     std::vector<Node> nodes_;  // the first is the kernel's own context
   };
 
@@ -303,6 +361,11 @@ class Tracer {
   // The requests of a warp since they were last counted.
   class Requests {
    public:
+    explicit Requests(std::uint64_t& open_bytes) : open_bytes_(open_bytes) {}
+    ~Requests() { open_bytes_ -= list_.size() * sizeof(Request); }
+    Requests(const Requests&) = delete;
+    Requests& operator=(const Requests&) = delete;
+
     // `expected` is where the request should be, if this lane does what the last one did.
     void add(const Key& key, int lane, std::uint64_t offset, std::uint32_t& expected) {
       const std::uint32_t bit = 1u << lane;
@@ -314,8 +377,19 @@ class Tracer {
     }
     const std::vector<Request>& list() const { return list_; }
     void clear() {
+      open_bytes_ -= list_.size() * sizeof(Request);
       list_.clear();
+      if (list_.capacity() > kManyEntries) {
+        std::vector<Request>().swap(list_);
+        std::vector<Slot>().swap(slots_);
+      }
       if (++generation_ == 0) slots_.assign(slots_.size(), {});
+    }
+    // Forgets all but the first `kept`.
+    void forget(std::size_t kept) {
+      open_bytes_ -= (list_.size() - kept) * sizeof(Request);
+      list_.resize(kept);
+      fill(slots_.size());
     }
 
    private:
@@ -336,12 +410,15 @@ class Tracer {
       }
       const auto index = static_cast<std::uint32_t>(list_.size());
       list_.push_back({key, 0, {}});
+      open_bytes_ += sizeof(Request);
       slots_[slot] = {generation_, index};
       return index;
     }
 
-    void grow() {
-      slots_.assign(std::max<std::size_t>(1024, 2 * slots_.size()), {});
+    void grow() { fill(std::max<std::size_t>(1024, 2 * slots_.size())); }
+
+    void fill(std::size_t slots) {
+      slots_.assign(slots, {});
       generation_ = 1;
       for (std::uint32_t i = 0; i < list_.size(); ++i) {
         std::size_t slot = hash(list_[i].key);
@@ -355,6 +432,7 @@ class Tracer {
       return static_cast<std::size_t>((word * 0x9E3779B97F4A7C15u) >> 32) % slots_.size();
     }
 
+    std::uint64_t& open_bytes_;
     std::vector<Request> list_;  // in the order in which the first lane made them
     std::vector<Slot> slots_;    // a hash table over it
     std::uint32_t generation_ = 1;
@@ -370,6 +448,9 @@ class Tracer {
     std::unique_ptr<Requests> requests;
     std::unique_ptr<Contexts> contexts;
     int finished = 0;  // lanes
+    // Where only one lane is left: what there was before. It may still join these requests.
+    bool has_last_lane = false;
+    std::size_t shared_requests = 0, shared_contexts = 0;
   };
 
   // Who touched a word of shared memory last. Epochs count the barriers.
@@ -436,7 +517,7 @@ class Tracer {
 
   int nearest(std::uint64_t address) const {
     int best = -1;
-    std::uint64_t best_distance = ~0ull;
+    std::uint64_t best_distance = kReach;  // else it has nothing to do with the buffer
     for (const auto& [start, index] : by_address_) {
       const std::uint64_t end = start + states_[index].buffer.bytes;
       const std::uint64_t distance = address < start ? start - address : address - end;
@@ -565,18 +646,36 @@ class Tracer {
 
   // One warp after the other uses the same memory, which is still in the cache.
   template <class T>
-  static std::unique_ptr<T> take(std::vector<std::unique_ptr<T>>& spare) {
-    if (spare.empty()) return std::make_unique<T>();
+  std::unique_ptr<T> take(std::vector<std::unique_ptr<T>>& spare) {
+    if (spare.empty()) return std::make_unique<T>(open_bytes_);
     std::unique_ptr<T> one = std::move(spare.back());
     spare.pop_back();
-    one->clear();
     return one;
+  }
+  template <class T>
+  static void give_back(std::unique_ptr<T>& one, std::vector<std::unique_ptr<T>>& spare) {
+    one->clear();
+    spare.push_back(std::move(one));
+  }
+
+  // Counts what the last lane of a warp did alone, once it is much, and forgets it.
+  void free_complete() {
+    if (!warp_->has_last_lane) return;
+    const std::size_t requests = warp_->shared_requests, contexts = warp_->shared_contexts;
+    const std::vector<Request>& list = warp_->requests->list();
+    if (list.size() < requests + std::max(requests, kManyEntries) &&
+        warp_->contexts->size() < contexts + std::max(contexts, kManyEntries)) {
+      return;
+    }
+    for (std::size_t i = requests; i < list.size(); ++i) count_request(list[i]);
+    warp_->requests->forget(requests);
+    lane_->context = warp_->contexts->forget(contexts, lane_->context);
   }
 
   void count_requests(Warp& warp) {
     if (warp.requests == nullptr) return;
     for (const Request& request : warp.requests->list()) count_request(request);
-    spare_requests_.push_back(std::move(warp.requests));
+    give_back(warp.requests, spare_requests_);
     const auto first = static_cast<std::size_t>(&warp - warps_.data()) * kLanes;
     for (std::size_t i = first; i < std::min(first + kLanes, lanes_.size()); ++i)
       lanes_[i].next = 0;
@@ -584,7 +683,8 @@ class Tracer {
 
   void close(Warp& warp) {
     count_requests(warp);
-    if (warp.contexts != nullptr) spare_contexts_.push_back(std::move(warp.contexts));
+    if (warp.contexts != nullptr) give_back(warp.contexts, spare_contexts_);
+    warp.has_last_lane = false;
   }
 
   void count_request(const Request& request) {
@@ -679,6 +779,7 @@ class Tracer {
   }
 
   const CudasimTrace setup_;
+  std::uint64_t open_bytes_ = 0;  // of requests and contexts; they count themselves
   std::vector<State> states_;
   std::map<std::uint64_t, std::size_t> by_address_;
   int last_found_ = -1;
