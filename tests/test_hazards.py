@@ -541,3 +541,29 @@ def test_a_launch_begins_when_the_one_before_it_is_done():
     report = lab.compile(source, "simulator").call("start", *arrays, trace=True)
     assert report.hazards == ()
     np.testing.assert_array_equal(z, np.arange(8)[::-1])
+
+
+@pytest.mark.parametrize(
+    ("size", "index", "told"),
+    [
+        (32, "i - 1", "1 bytes before the start of 'a'"),
+        (32, "i - 900", "before the start of 'a'"),
+        (32, "i + 32", "bytes past the end of 'a'"),
+        (33, "i + 33", "bytes past the end of 'a'"),
+        (0, "i", "0 bytes past the end of 'a'"),
+    ],
+)
+def test_a_write_beside_a_buffer_is_found_without_a_trace(size, index, told):
+    """There is memory up to the next page: nothing stops the write itself."""
+    source = f"__global__ void run(float* a) {{ int i = threadIdx.x; a[{index}] = 7; }}"
+    a = np.zeros(size, np.float32)
+    with pytest.raises(lab.KernelError, match=f"a write outside every buffer: .*{told}.*trace"):
+        lab.compile(source, "simulator").launch("run", 1, 1, [a])
+    assert (a == 0).all()
+
+
+def test_what_is_read_beside_a_buffer_is_no_number():
+    source = "__global__ void run(float* a, const float* b) { a[0] = b[1]; }"
+    a, b = np.zeros(1, np.float32), np.zeros(1, np.float32)
+    lab.compile(source, "simulator").launch("run", 1, 1, [a, b])
+    assert np.isnan(a[0])

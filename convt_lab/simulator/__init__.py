@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from convt_lab.backend import (
     SOURCE_NAME,
@@ -166,6 +167,11 @@ def _runtime() -> ctypes.CDLL:
     library.cudasim_allocate.restype = ctypes.c_void_p
     library.cudasim_allocate.argtypes = [ctypes.c_size_t]
     library.cudasim_release.argtypes = [ctypes.c_void_p]
+    library.cudasim_overrun.restype = ctypes.c_bool
+    library.cudasim_overrun.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_size_t),
+        ctypes.POINTER(ctypes.c_longlong),
+    ]
     library.cudasim_limit_seconds.argtypes = [ctypes.c_double]
     return library
 
@@ -287,9 +293,20 @@ class Simulator(Backend):
 
             self._lent = [(a.name, copy_of(a), a.nbytes) for a in present]
             yield [0 if a is None else copy_of(a) for a in arrays]
+            place = ctypes.c_longlong()
+            for start, end, copy in spans:
+                if runtime.cudasim_overrun(copy, end - start, ctypes.byref(place)):
+                    self._raise_overrun(copy + place.value)
             for array in present:
                 if array.written and array.nbytes:
                     ctypes.memmove(array.address, copy_of(array), array.nbytes)
+
+    def _raise_overrun(self, address: int) -> NoReturn:
+        """Tell of a write that was found when all had run, so that nobody knows the thread."""
+        raise KernelError(
+            f"a write outside every buffer: {self._place(address)}; launch it with trace=True to "
+            "see the line"
+        )
 
     def stream(self) -> None:
         """Return the null stream: a simulated launch is over when it returns."""

@@ -1095,8 +1095,9 @@ void cudasim_print(const char* text, std::size_t bytes) {
 void cudasim_trap(const char* text) { worker->abort(CUDASIM_TRAP, 0, text); }
 int cudasim_in_kernel() { return worker != nullptr && worker->in_fiber(); }
 
-// The buffer ends (up to its alignment) where unmapped addresses begin; so do those before its
-// start.
+// The buffer ends (up to its alignment) where unmapped addresses begin. What is left of its pages,
+// up to one page before it and less than its alignment behind it, is poisoned: cudasim_overrun sees
+// what was written there.
 void* cudasim_allocate(std::size_t bytes) {
   const std::size_t used = round_up(std::max<std::size_t>(bytes, 1), kBufferAlignment);
   const std::size_t mapped = round_up(used, page_bytes());
@@ -1112,11 +1113,28 @@ void* cudasim_allocate(std::size_t bytes) {
       return nullptr;
     }
     char* buffer = start + (mapped - used);
+    std::memset(start, kPoison, mapped - used);
+    std::memset(buffer + bytes, kPoison, used - bytes);
     std::lock_guard<std::mutex> lock(reservations_mutex);
     reservations[buffer] = {memory, reserved};
     return buffer;
   }
   return nullptr;
+}
+
+bool cudasim_overrun(const void* buffer, std::size_t bytes, long long* place) {
+  const auto* first = static_cast<const unsigned char*>(buffer);
+  const std::size_t used = round_up(std::max<std::size_t>(bytes, 1), kBufferAlignment);
+  const std::size_t before = round_up(used, page_bytes()) - used;
+  for (std::size_t i = bytes; i < used; ++i) {
+    *place = static_cast<long long>(i);
+    if (first[i] != kPoison) return true;
+  }
+  for (std::size_t i = 1; i <= before; ++i) {
+    *place = -static_cast<long long>(i);
+    if (*(first - i) != kPoison) return true;
+  }
+  return false;
 }
 
 void cudasim_release(void* buffer) {

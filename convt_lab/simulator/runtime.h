@@ -184,4 +184,8 @@ void cudasim_allow_shared_bytes(const void* kernel, std::size_t bytes);
 void* cudasim_allocate(std::size_t bytes);
 void cudasim_release(void* buffer);
 
+// Whether something else than the poison was written outside a buffer of `bytes` bytes, in what is
+// left of its pages; where, counted from the buffer's start.
+bool cudasim_overrun(const void* buffer, std::size_t bytes, long long* place);
+
 }  // extern "C"
