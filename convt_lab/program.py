@@ -155,6 +155,8 @@ class Program:
             self.library = backend.build(name, self._text)
         except CompileError as error:
             number = launchers_line(str(error))
+            if number is None and "At end of source" in str(error):  # nvcc, where no line is ours
+                number = len(lines) + 1
             if error.line is None and number is not None:
                 raise _refused_launcher(source, declared, number, str(error)) from error
             raise
