@@ -290,7 +290,7 @@ def test_a_source_that_nvcc_refuses(gpu, output, line):
 def test_a_text_that_ends_too_early_for_nvcc(gpu):
     toolkit(gpu, """echo 'At end of source: error: expected a ";"'; exit 2""")
     backend_named.cache_clear()
-    with pytest.raises(CompileError, match='ends in the middle .* line 2: .* expected a ";"') as e:
+    with pytest.raises(CompileError, match=r'ends in the middle .* line 2: .* expected a ";"') as e:
         program_module.compile("// a comment\nint y = 3\n\n", "gpu")
     assert e.value.line == 2
 
