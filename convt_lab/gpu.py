@@ -283,7 +283,8 @@ class GPU(Backend):
 
     def target(self) -> str:
         """Return the architectures of the current device, or those that the user chose."""
-        return architectures()
+        # Without a device `build` says what is missing.
+        return architectures() if torch.cuda.is_available() else ""
 
     def stream(self) -> int:
         """Return torch's current stream."""

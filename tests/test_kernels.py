@@ -652,7 +652,7 @@ class TestImagesForSeveralLaunches:
         )
         program = lab.compile(source, "simulator", name="few")
         module = sys.modules[Call.__module__]
-        monkeypatch.setattr(module, "_program", lambda kernel, backend: program)
+        monkeypatch.setattr(module, "_program", lambda kernel, backend, target: program)
         few = dataclasses.replace(kernels["hopper"], name="few", covers=lambda problem: True)
         # Four images' inputs may lie 2920 values apart, five's 3560; five become three and two.
         problem = lab.Problem(batch, 16, 18, 5, 8, kernel_size=3, bias=True)
