@@ -98,7 +98,6 @@ class Choice:
 
     kernel: str
     reason: str
-
     lasts: bool = field(default=True, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -685,6 +684,9 @@ def explain(
     >>> print(explain(torch.ones(1, 2, 5, 5), torch.ones(2, 3, 4, 4)))
     PyTorch's own: the tensors are on cpu, and our kernels run on CUDA GPUs
     """
+    from convt_lab import plan  # which imports this module
+    from convt_lab.library import dtype_under_autocast
+
     check_tensors(input, weight, bias)
     shape = (1, *input.shape) if input.dim() == 3 else input.shape
     problem = Problem.from_shapes(
@@ -697,9 +699,6 @@ def explain(
         groups=groups,
         dilation=dilation,
     )
-    from convt_lab import plan  # which imports this module
-    from convt_lab.library import dtype_under_autocast
-
     tensors = [t for t in (input, weight, bias) if t is not None]
     kind = input.device.type
     is_cast = torch.is_autocast_enabled(kind)

@@ -23,7 +23,7 @@ from convt_lab.library import (
 )
 from convt_lab.plan import DTYPES, Plan, has_kernels, plan_for
 from convt_lab.problem import Problem, ProblemError
-from convt_lab.stages import is_channels_last
+from convt_lab.stages import check_tensors, is_channels_last
 
 __all__ = ["conv_transpose2d", "conv_transpose2d_between", "kernel_between"]
 
@@ -355,9 +355,8 @@ def _explain(error: Exception, arguments: tuple) -> NoReturn:
 
 def _check(arguments: tuple) -> None:
     input, weight, bias, *rest = arguments
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not (isinstance(tensor, torch.Tensor) or (tensor is None and name == "bias")):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__} {tensor!r:.99}")
+    check_tensors(input, weight, bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != input.device:
             raise ProblemError(
                 f"{name} is on {tensor.device} and input on {input.device}: all tensors must be on "
