@@ -217,12 +217,16 @@ class Kernel:
     ) -> tuple[Launch, ...]:
         """Return the launches that it would make for `problem`, in order; nothing runs.
 
+        For an output without elements there are none.
+
         It asks the compiled launcher on the simulator, which decides as on a GPU whose
         blocks may have `max_shared_bytes` of shared memory (sm_90's if None).
         """
         if max_shared_bytes is not None:
             max_shared_bytes = checked_integer("max_shared_bytes", max_shared_bytes, 1)
         kernel = self.kernel_for(problem, dtype, channels_last)
+        if 0 in problem.output_shape:
+            return ()
         channels_last &= kernel.takes_channels_last
         # Input, weight, bias, output, packed weight: a launcher only hands them on.
         pointers = (None,) * (4 + kernel.packs_weights)

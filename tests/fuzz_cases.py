@@ -6,6 +6,7 @@ what PyTorch raises, or an error of the package. What does not is printed, and e
 1. A crash or a hang is for the parent to see.
 """
 
+import contextlib
 import functools
 import math
 import random
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 import convt_lab as lab
 from convt_lab.distributed import RowPlan, conv_transpose2d_rows
 from convt_lab.reference import scatter
-from convt_lab.stages import kernels
+from convt_lab.stages import Kernel, kernels
 
 #: Seconds that one call may take.
 PATIENCE = 5.0
@@ -246,14 +247,34 @@ def gather(rng):
     return compared(rng, lab.reference.gather, lambda result: torch.from_numpy(np.asarray(result)))
 
 
+def drawn_problem(rng):
+    """Draw a problem, of few values or very many, or of none."""
+    groups = rng.choice([1, 1, 1, 2, 3])
+    extents = [0, 1, 1, 2, 3, 5, 16, 33, 64, 100, 500, 2**20]
+    while True:
+        with contextlib.suppress(lab.ProblemError):
+            return lab.Problem(
+                rng.choice([0, 1, 1, 2, 3, 70000]),
+                groups * rng.choice([0, 1, 2, 16, 17, 64, 300]),
+                groups * rng.choice([1, 2, 3, 16, 40, 129]),
+                *(rng.choice(extents) for _ in range(2)),
+                kernel_size=(rng.randint(1, 5), rng.choice([1, 2, 3, 4, 7, 11, 100])),
+                stride=(rng.choice([1, 1, 2, 3, 300]), rng.choice([1, 1, 2, 3, 70000])),
+                padding=(rng.choice([0, 0, 1, 2, 20]), rng.choice([0, 1, 3, 600])),
+                dilation=(rng.choice([1, 1, 2, 500]), rng.choice([1, 1, 2, 3, 4])),
+                groups=groups,
+                bias=rng.random() < 0.5,
+            )
+
+
 def rung(rng):
-    """`Stage.kernel_for`, `variant` and `launches`: an answer for each problem, or an error."""
-    stage = lab.stages[rng.choice(["naive_gather", "register_blocked", "tensor_core"])]
-    arguments = [rng.choice([lab.Problem(stride=rng.randint(1, 3)), lab.Problem.named("star")])]
+    """What a kernel tells of a problem: `kernel_for`, `variant`, `launches`, `packed_bytes`."""
+    stage = kernels[rng.choice(list(kernels))]
+    arguments = [rng.choice([drawn_problem(rng), lab.Problem.named("star")])]
     if rng.random() < 0.2:
         arguments = [rng.choice(ODD)]
     keywords = {}
-    ask = rng.choice(["kernel_for", "variant", "launches"])
+    ask = rng.choice(["kernel_for", "variant", "launches", "packed_bytes"])
     if ask != "variant":
         if rng.random() < 0.3:
             keywords["dtype"] = rng.choice([torch.float32, torch.float16, torch.int32, *ODD])
@@ -267,7 +288,7 @@ def rung(rng):
     told = f"{stage.name}.{ask} {arguments} {keywords}: {told_of(ours)}"
     if isinstance(ours, Exception):
         return isinstance(ours, ERRORS), seconds, told
-    kind = {"kernel_for": lab.Stage, "variant": str, "launches": tuple}[ask]
+    kind = {"kernel_for": Kernel, "variant": str, "launches": tuple, "packed_bytes": int}[ask]
     return isinstance(ours, kind), seconds, told
 
 
@@ -580,6 +601,9 @@ def main(name, count, seed, where="cpu"):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     limit_memory()
+    if name == "rung":  # a build takes longer than any answer may
+        for kernel in kernels.values():
+            kernel.program("simulator")
     wrong = 0
     returned = 0
     for number in range(count):

@@ -69,6 +69,11 @@ def test_launches_run_again_afterwards():
     assert not y.isnan().any()
 
 
+def test_an_empty_output_takes_no_launch():
+    for stage in lab.stages.values():
+        assert stage.launches(lab.Problem(batch=0)) == (), stage.name
+
+
 @pytest.mark.parametrize("stage", lab.stages.values(), ids=lambda stage: stage.name)
 def test_a_stage_is_planned_as_it_is_profiled(stage):
     problem = lab.Problem.named("strided_small")

@@ -95,6 +95,42 @@ class TestLaunch:
         run(source, 1, 32, [x, n], backend, shared_bytes=4 * n)
         assert x[0] == n - 1
 
+    @pytest.mark.parametrize("kib", [32, 33, 47, 48, 49, 200])
+    def test_what_the_kernel_declares_counts_as_well(self, kib, backend):
+        """Unasked, it has 48 KiB of both: no more than 32 KiB of dynamic memory here."""
+        source = """
+        __global__ void run(float* x, int n) {
+          __shared__ float mine[4096];
+          extern __shared__ float tile[];
+          for (int i = threadIdx.x; i < n; i += blockDim.x) tile[i] = i;
+          for (int i = threadIdx.x; i < 4096; i += blockDim.x) mine[i] = i;
+          __syncthreads();
+          x[threadIdx.x] = tile[n - 1 - threadIdx.x] + mine[4095 - threadIdx.x];
+        }
+        """
+        x, n = np.zeros(32, np.float32), kib * 1024 // 4
+        run(source, 1, 32, [x, n], backend, shared_bytes=4 * n)
+        assert x[0] == n - 1 + 4095
+
+    def test_more_than_a_block_can_have(self, backend):
+        """The error is told once: it does not come up again in what is called next."""
+        source = """
+        __global__ void run(float* x) {
+          __shared__ float mine[4096];
+          extern __shared__ float tile[];
+          mine[threadIdx.x] = tile[threadIdx.x] = 1;
+          *x = mine[0] + tile[0];
+        }
+        """
+        x = np.zeros(1, np.float32)
+        program = lab.compile(source, backend)
+        with pytest.raises(lab.KernelError, match=r"invalid argument|16384 static, 220000 dynamic"):
+            program.launch("run", 1, 1, [x], shared_bytes=220000)
+        if backend == "gpu":
+            assert (torch.ones(3, device="cuda") + 1).sum() == 6
+        program.launch("run", 1, 1, [x], shared_bytes=200000)
+        assert x[0] == 2
+
     def test_kernels_in_namespaces_and_linkage_blocks(self, backend):
         source = """
         namespace { __global__ void hidden(int* x) { *x += 1; } }

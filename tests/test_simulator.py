@@ -691,7 +691,7 @@ class TestFaults:
           const cudaError_t error = cudaFuncSetAttribute(
               other, cudaFuncAttributeMaxDynamicSharedMemorySize, 100000);
           if (error != cudaSuccess) return error;
-          if (asked > 0) {
+          if (asked != 0) {
             const cudaError_t error = cudaFuncSetAttribute(
                 run, cudaFuncAttributeMaxDynamicSharedMemorySize, asked);
             if (error != cudaSuccess) return error;
@@ -714,8 +714,65 @@ class TestFaults:
         go(70000, 70000)
         with pytest.raises(lab.KernelError, match="may ask for, 60000, until"):
             go(60000, 70000)
-        with pytest.raises(lab.KernelError, match="invalid argument"):
+        with pytest.raises(lab.KernelError, match="0 static, 233472 dynamic"):
             go(228 * 1024, 48 * 1024)
+        with pytest.raises(lab.KernelError, match="invalid argument"):
+            go(-1, 48 * 1024)
+
+    def test_what_a_kernel_declares_is_taken_off(self):
+        """Of its own arrays, not of its neighbour's; a template's are each instance's."""
+        source = """
+        template <int N> __global__ void run(int* x) {
+          __shared__ int mine[N];
+          __shared__ float more[2];
+          extern __shared__ int a[];
+          mine[*x] = 1, more[*x] = 1;
+          a[*x] = mine[0];
+          *x = a[0] + more[0];
+        }
+        __global__ void other(int* x) { __shared__ int its[9000]; its[*x] = 1; *x = its[0]; }
+        extern "C" cudaError_t go(int* x, int asked, int bytes, cudaStream_t stream) {
+          if (asked > 0) {
+            const cudaError_t error = cudaFuncSetAttribute(
+                run<3000>, cudaFuncAttributeMaxDynamicSharedMemorySize, asked);
+            if (error != cudaSuccess) return error;
+          }
+          run<3000><<<1, 1, bytes, stream>>>(x);
+          return cudaGetLastError();
+        }
+        extern "C" int left(int which) {
+          cudaFuncAttributes of;
+          const cudaError_t error =
+              which == 0 ? cudaFuncGetAttributes(&of, other)
+                         : which == 1 ? cudaFuncGetAttributes(&of, run<1>)
+                                      : cudaFuncGetAttributes(&of, run<3000>);
+          if (error != cudaSuccess) return -1;
+          return of.sharedSizeBytes + of.maxDynamicSharedSizeBytes == 48 * 1024
+                     ? of.maxDynamicSharedSizeBytes : -2;
+        }
+        """
+        program = lab.compile(source, "simulator")
+        assert [48 * 1024 - program.library.left(i) for i in range(3)] == [36000, 12, 12008]
+
+        def go(asked, bytes):
+            x = np.zeros(1, np.int32)
+            array = Array.of("x", torch.from_numpy(x), written=True)
+            program.call("go", array, ctypes.c_int(asked), ctypes.c_int(bytes))
+            assert x[0] == 2
+
+        go(0, 48 * 1024 - 12008)
+        with pytest.raises(lab.KernelError, match="may ask for, 37144, until cuda"):
+            go(0, 48 * 1024 - 12004)
+        go(48 * 1024, 48 * 1024)
+        with pytest.raises(lab.KernelError, match="12008 static, 220444 dynamic"):
+            go(227 * 1024 - 12004, 4)
+        go(180 * 1024, 180 * 1024)
+
+    def test_more_declared_than_nvcc_takes(self):
+        source = "__global__ void run(int* x) { __shared__ int a[12289]; a[*x] = 1; *x = a[0]; }"
+        with pytest.raises(lab.KernelError, match="49156 bytes of shared memory"):
+            launch(source, 1, 1, [np.zeros(1, np.int32)])
+        launch(source.replace("12289", "12288"), 1, 1, [np.zeros(1, np.int32)])
 
     def test_what_was_asked_for_is_never_taken_back(self):
         """Else a thread could take from another what that is about to launch with."""

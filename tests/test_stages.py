@@ -64,6 +64,18 @@ def test_float64_agrees_on_300_random_problems(device, part):
     assert wrong == {}
 
 
+def test_a_block_takes_almost_all_that_it_may_unasked(device):
+    """48 KiB hold what a kernel declares, too: it has to ask earlier than for more than those."""
+    problem = lab.Problem(1, 31, 16, 1, 1, (5, 2), 4, (1, 0), output_padding=(0, 2))
+    (launch,) = lab.stages["register_blocked"].launches(problem)
+    assert 48 * 1024 - 100 <= launch.shared_bytes < 48 * 1024
+    x, weight, bias = inputs(problem)
+    expected = scatter(x, weight, bias, **problem.arguments)
+    y = run("register_blocked", x, weight, bias, device, **problem.arguments)
+    error = condition_error(y, x, weight, bias, expected=expected, **problem.arguments)
+    assert error <= FLOAT32_GATE
+
+
 #: Kernels of the star's size, for which some stages have a way of their own, at its edges: widths
 #: of whole vectors and others, one channel more or less than a block has, wide rows, paddings that
 #: cut more than the kernel adds, few input channels and many.

@@ -76,7 +76,9 @@ int convt_lab_launch(void (*kernel)(P...), const unsigned* grid, const unsigned*
 
 }  // namespace
 
+// What is told here is not told once more, of whatever is called next.
 extern "C" const char* convt_lab_error_string(int error) {
+  cudaGetLastError();
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 

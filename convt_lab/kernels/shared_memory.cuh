@@ -16,18 +16,25 @@
 namespace {
 
 // A kernel's limit holds for all threads' launches. So it is raised and never lowered: else one
-// thread could take from another what that one has asked for and is about to launch with.
+// thread could take from another what that one has asked for and is about to launch with. Unasked,
+// every kernel has 48 KiB, less what its own text declares.
 template <class... P>
 cudaError_t allow_shared_bytes(void (*kernel)(P...), std::size_t bytes) {
-  constexpr std::size_t ALWAYS_ALLOWED = 48 * 1024;
   static std::mutex mutex;
   static std::map<std::pair<int, void (*)(P...)>, std::size_t> allowed;  // of a GPU's kernel
-  if (bytes <= ALWAYS_ALLOWED) return cudaSuccess;
+  if (bytes == 0) return cudaSuccess;
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
+  const std::pair place(device, kernel);
   const std::lock_guard<std::mutex> lock(mutex);
-  std::size_t& most = allowed[{device, kernel}];
+  if (allowed.count(place) == 0) {
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    allowed[place] = attributes.maxDynamicSharedSizeBytes;
+  }
+  std::size_t& most = allowed[place];
   if (bytes <= most) return cudaSuccess;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(bytes));

@@ -154,7 +154,9 @@ def _compile(
 
 @functools.cache
 def _runtime_path() -> Path:
-    headers = {name: (_FOLDER / name).read_text() for name in ("runtime.h", "tracer.h")}
+    headers = {
+        name: (_FOLDER / name).read_text() for name in ("runtime.h", "symbols.h", "tracer.h")
+    }
     return _compile("runtime", (_FOLDER / "runtime.cpp").read_text(), ["-I."], headers)
 
 
@@ -318,11 +320,9 @@ class Simulator(Backend):
     def error(self, library: ctypes.CDLL, code: int, kernel: str) -> KernelError:
         """Describe the failed launch: which thread did what to which buffer."""
         failure = _runtime().cudasim_failure().contents
-        text = failure.text.decode()
+        words, text = error_string(library, code), failure.text.decode()
         if failure.kind == _Failure.NONE:  # no launch failed: the launcher itself gave up
-            return KernelError(
-                f"{kernel} failed: {error_string(library, code)} (CUDA error {code})"
-            )
+            return KernelError(f"{kernel} failed: {words} (CUDA error {code})")
         if failure.kind == _Failure.BAD_CONFIGURATION:
             return KernelError(f"{kernel} was not launched: {text}")
         where = f"block {failure.block}, thread {failure.thread}"

@@ -13,6 +13,7 @@
 
 #include "runtime.h"
 
+#include "symbols.h"
 #include "tracer.h"
 
 #include <dlfcn.h>
@@ -47,6 +48,7 @@ constexpr int kLaunchFailure = 719;       // cudaErrorLaunchFailure
 constexpr int kMaxThreads = 1024;         // per block, on every architecture
 constexpr int kWarpSize = 32;
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // per block, sm_90
+constexpr std::size_t kAlwaysAllowed = 48 * 1024;    // of shared memory, to every kernel
 constexpr std::size_t kStackBytes = 128 * 1024;      // as stack_fault says
 constexpr std::size_t kStackGuardBytes = 64 * 1024;  // so that a large frame does not step over it
 constexpr std::size_t kAlternateStackBytes = 64 * 1024;
@@ -220,6 +222,8 @@ struct Library {           // the kernel's
   std::size_t module = 0;  // of its thread-local storage, where the shared arrays are
   std::size_t shared_bytes = 0;
   std::uintptr_t start = 0, end = 0;
+  std::uintptr_t base = 0;  // what its file's addresses count from
+  const char* path = "";
 };
 
 class Watch;
@@ -340,6 +344,8 @@ Library find_library(const void* address) {
         auto& search = *static_cast<Search*>(data);
         Library library;
         library.start = ~std::uintptr_t{0};
+        library.base = info->dlpi_addr;
+        library.path = info->dlpi_name;
         bool holds = false;
         for (int i = 0; i < info->dlpi_phnum; ++i) {
           const auto& header = info->dlpi_phdr[i];
@@ -911,22 +917,46 @@ int available_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-std::mutex allowed_mutex;
-std::unordered_map<const void*, std::size_t> allowed;  // by kernel, where it was set
+std::mutex kernels_mutex;
+std::unordered_map<const void*, CudasimSharedMemory> kernels;
 
-// How much dynamic shared memory a kernel's launches may ask for.
-std::size_t allowed_shared_bytes(const void* kernel) {
-  constexpr std::size_t kAlwaysAllowed = 48 * 1024;
-  std::lock_guard<std::mutex> lock(allowed_mutex);
-  const auto found = allowed.find(kernel);
-  return found == allowed.end() ? kAlwaysAllowed : found->second;
+CudasimSharedMemory& shared_memory_of(const void* kernel) {  // under the mutex
+  const auto found = kernels.find(kernel);
+  if (found != kernels.end()) return found->second;
+  const Library library = find_library(kernel);
+  CudasimSharedMemory memory{0, kAlwaysAllowed};
+  if (library.shared_bytes > 0) {
+    memory.declared = cudasim::own_shared_bytes(
+        library.path, reinterpret_cast<std::uintptr_t>(kernel) - library.base);
+    memory.allowed -= std::min(memory.declared, memory.allowed);
+  }
+  return kernels.emplace(kernel, memory).first->second;
 }
 
-// Returns the error that the launch ends with, or 0.
-int check_configuration(const CudasimLaunch& launch, std::size_t static_shared) {
+// Notes an error and what there is to say of it, unless an earlier one is still to be taken.
+int refuse(int error, const CudasimFailure& failure) {
+  if (pending_error == 0) {
+    pending_error = error;
+    last_failure = failure;
+  }
+  return error;
+}
+
+// Says that a block can't have so much; false if it can.
+bool is_too_much(std::size_t declared, std::size_t dynamic, CudasimFailure& failure) {
+  if (declared + dynamic <= max_shared_bytes) return false;
+  std::snprintf(failure.text, sizeof(failure.text),
+                "%zu bytes of shared memory (%zu static, %zu dynamic) are more than a block's %zu",
+                declared + dynamic, declared, dynamic, max_shared_bytes);
+  return true;
+}
+
+// Returns whether the launch is refused.
+bool is_refused(const CudasimLaunch& launch) {
   const auto& g = launch.grid;
   const auto& b = launch.block;
   const auto threads = static_cast<std::uint64_t>(b.x) * b.y * b.z;
+  const CudasimSharedMemory shared = cudasim_shared_memory(launch.kernel);
   int error = kInvalidConfiguration;
   CudasimFailure failure{};
   failure.kind = CUDASIM_BAD_CONFIGURATION;
@@ -937,23 +967,25 @@ int check_configuration(const CudasimLaunch& launch, std::size_t static_shared) 
     std::snprintf(failure.text, sizeof(failure.text),
                   "block (%u, %u, %u) is outside 1 to (1024, 1024, 64), at most 1024 threads", b.x,
                   b.y, b.z);
-  } else if (static_shared + launch.shared_bytes > max_shared_bytes) {
-    std::snprintf(
-        failure.text, sizeof(failure.text),
-        "%zu bytes of shared memory (%zu static, %zu dynamic) are more than a block's %zu",
-        static_shared + launch.shared_bytes, static_shared, launch.shared_bytes, max_shared_bytes);
-  } else if (launch.shared_bytes > allowed_shared_bytes(launch.kernel)) {
+  } else if (shared.declared > kAlwaysAllowed) {
+    std::snprintf(failure.text, sizeof(failure.text),
+                  "the kernel declares %zu bytes of shared memory; nvcc refuses more than %zu: "
+                  "more has to be dynamic (extern __shared__)",
+                  shared.declared, kAlwaysAllowed);
+  } else if (is_too_much(shared.declared, launch.shared_bytes, failure)) {
+    // The text is written.
+  } else if (launch.shared_bytes > shared.allowed) {
     error = kInvalidValue;
     std::snprintf(failure.text, sizeof(failure.text),
                   "%zu bytes of dynamic shared memory are more than the kernel's launches may ask "
                   "for, %zu, until cudaFuncSetAttribute(kernel, "
                   "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) says otherwise",
-                  launch.shared_bytes, allowed_shared_bytes(launch.kernel));
+                  launch.shared_bytes, shared.allowed);
   } else {
-    return 0;
+    return false;
   }
-  if (pending_error == 0) last_failure = failure;
-  return error;
+  refuse(error, failure);
+  return true;
 }
 
 }  // namespace
@@ -963,10 +995,7 @@ extern "C" {
 void cudasim_launch(const CudasimLaunch* launch) {
   // The call's data lies on the launcher's stack; its code tells the library.
   const Library library = find_library(reinterpret_cast<const void*>(launch->run_thread));
-  if (const int error = check_configuration(*launch, library.shared_bytes); error != 0) {
-    if (pending_error == 0) pending_error = error;
-    return;
-  }
+  if (is_refused(*launch)) return;
   if (planning) {
     planned.push_back({reinterpret_cast<std::uintptr_t>(launch->kernel) - library.start,
                        launch->grid, launch->block, launch->shared_bytes,
@@ -1077,9 +1106,18 @@ std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uin
   return worker->exchange(mask, value, lanes);
 }
 std::size_t cudasim_max_shared_bytes() { return max_shared_bytes; }
-void cudasim_allow_shared_bytes(const void* kernel, std::size_t bytes) {
-  std::lock_guard<std::mutex> lock(allowed_mutex);
-  allowed[kernel] = bytes;
+CudasimSharedMemory cudasim_shared_memory(const void* kernel) {
+  std::lock_guard<std::mutex> lock(kernels_mutex);
+  return shared_memory_of(kernel);
+}
+int cudasim_allow_shared_bytes(const void* kernel, std::size_t bytes) {
+  std::lock_guard<std::mutex> lock(kernels_mutex);
+  CudasimSharedMemory& shared = shared_memory_of(kernel);
+  CudasimFailure failure{};
+  failure.kind = CUDASIM_BAD_CONFIGURATION;
+  if (is_too_much(shared.declared, bytes, failure)) return refuse(kInvalidValue, failure);
+  shared.allowed = bytes;
+  return 0;
 }
 void cudasim_limit_seconds(double seconds) { limit_seconds = seconds; }
 void cudasim_print(const char* text, std::size_t bytes) {

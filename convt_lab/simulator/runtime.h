@@ -175,10 +175,14 @@ std::uint32_t cudasim_exchange(std::uint32_t mask, std::uint64_t value, std::uin
 [[noreturn]] void cudasim_trap(const char* text);
 int cudasim_in_kernel();  // whether this is a thread of a launch, and not the launcher
 
-// What cudaDeviceGetAttribute says a block may have; and what cudaFuncSetAttribute lets a kernel's
-// launches ask for beyond what every kernel may have.
+// What cudaDeviceGetAttribute says a block may have; what a kernel declares of it, and how much
+// more its launches may ask for; and what cudaFuncSetAttribute lets them ask for, or its error.
 std::size_t cudasim_max_shared_bytes();
-void cudasim_allow_shared_bytes(const void* kernel, std::size_t bytes);
+struct CudasimSharedMemory {
+  std::size_t declared, allowed;
+};
+CudasimSharedMemory cudasim_shared_memory(const void* kernel);
+int cudasim_allow_shared_bytes(const void* kernel, std::size_t bytes);
 
 // Device memory: 256-byte aligned, among unmapped addresses, so that running past it is caught.
 void* cudasim_allocate(std::size_t bytes);

@@ -697,11 +697,20 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || static_cast<std::size_t>(value) > cudasim_max_shared_bytes()) {
-      return cudaErrorInvalidValue;
-    }
-    cudasim_allow_shared_bytes(reinterpret_cast<const void*>(kernel), value);
+    if (value < 0) return cudaErrorInvalidValue;
+    return static_cast<cudaError_t>(
+        cudasim_allow_shared_bytes(reinterpret_cast<const void*>(kernel), value));
   }
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {  // those of them that a CPU can tell
+  std::size_t sharedSizeBytes;
+  int maxDynamicSharedSizeBytes, maxThreadsPerBlock;
+};
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(P...)) {
+  const auto shared = cudasim_shared_memory(reinterpret_cast<const void*>(kernel));
+  *attributes = {shared.declared, static_cast<int>(shared.allowed), 1024};
   return cudaSuccess;
 }
 
