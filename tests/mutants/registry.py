@@ -498,6 +498,14 @@ KERNELS = (
         "if (!cells::covers(p)) return cudaErrorInvalidValue;",
         "test_kernels.py::TestWhatIsCovered::test_the_launcher_agrees[one_channel]",
     ),
+    mutant(
+        "shared-memory-asked-for-late",
+        "what a kernel declares is forgotten: it asks for more only where 48 KiB are not enough",
+        "kernels/shared_memory.cuh",
+        "allowed[place] = attributes.maxDynamicSharedSizeBytes;",
+        "allowed[place] = 48 * 1024;",
+        "test_stages.py::test_a_block_takes_almost_all_that_it_may_unasked[cpu]",
+    ),
 )
 
 # ---- The operator and what it stands on --------------------------------------------------------
