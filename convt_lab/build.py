@@ -200,7 +200,7 @@ def _locked(folder: Path, name: str) -> Iterator[bool]:
     """Hold the lock of a library's folder; yields whether there is a lock."""
     # Not reentrant in a thread, nor shared by threads: each has an object of its own.
     lock = FileLock(f"{folder}.lock")
-    waited_for = f"another process has been building {name} in {folder}"
+    waited_for = f"another process or thread has been building {name} in {folder}"
     try:
         patience = min(PATIENCE, LOCK_TIMEOUT)
         try:

@@ -131,7 +131,7 @@ def test_waiting_for_the_lock_ends(monkeypatch):
 
     def build(library: Path) -> None:
         # While this build holds the lock, another wants the same library.
-        with pytest.raises(BuildError, match="another process has been building name"):
+        with pytest.raises(BuildError, match="another process or thread has been building name"):
             cached_library("name", ["key"], Builder())
         library.write_text("whole")
 

@@ -829,7 +829,7 @@ def test_a_wait_is_announced_and_ends(monkeypatch, caplog):
 
     cached_library("name", ["key"], build)
     (record,) = caplog.records
-    assert "another process has been building name in" in record.getMessage()
+    assert "another process or thread has been building name in" in record.getMessage()
 
 
 @pytest.mark.parametrize("seal", ["none", "garbage", "another library's"])
