@@ -301,6 +301,15 @@ def chosen(kernel: str, form: int = 0, wide: bool | None = None) -> list[operato
     ]
 
 
+def is_winograd(problem: lab.Problem) -> bool:
+    """Whether Winograd's scheme is the operator's choice for strict float32 on an NVIDIA H200."""
+    ours = dispatch.candidates(problem, torch.float32, False, tf32=False, capability=(9, 0))
+    choice = dispatch.choose_by_tables(
+        measurements.load(), "NVIDIA H200", (9, 0), problem, "float32", False, False, ours
+    )
+    return choice.kernel == "winograd" and lab.stages["winograd"].variant(problem) == "F(2, 3)"
+
+
 def rate_over_fmas(shape: str, kernel: str, form: int = 0) -> float:
     """By the definition's FMAs, over the measured rate of the FMA units."""
     case = case_of(shape, form)
@@ -905,6 +914,10 @@ CLAIMS = {
             accuracy.failures(accuracy_rows())
             == ["winograd in float32 on wide inputs: error 3308, at most 1346 is right"]
         ),
+        "where the kernel is 3×7 and channels are some dozens": lambda: is_winograd(
+            lab.Problem(2, 256, 128, 32, 64, (3, 7), padding=1, groups=4)
+        ),
+        "no sum is Winograd's": lambda: not any(map(is_winograd, accuracy.PROBLEMS)),
     },
     "gpu_primer": {
         "takes 32 neighbouring threads": True,  # a warp
