@@ -259,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         status = arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is, where the process was started without
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return _INTERRUPTED

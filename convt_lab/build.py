@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -49,10 +50,12 @@ __all__ = [
     "build_timeout",
     "cache_folder",
     "cached_library",
+    "is_kept",
     "load_library",
     "no_fork",
     "outside_cause",
     "prune",
+    "python",
     "run_tool",
     "seconds_of",
     "size_of",
@@ -78,6 +81,8 @@ KEPT_DAYS = 30
 #: Bytes of the cache above which a build deletes what was not used for longest.
 CACHE_LIMIT = 2 * 2**30
 
+# What a cache's entries are called here. The folder may be one that holds other things, too.
+_OURS = re.compile(r"(\w{0,60}-[0-9a-f]{20}(\.\w+\.draft|\.lock)?|convt_lab_trial-\w{8}\.draft)")
 _CHOOSE = "set CONVT_LAB_CACHE to a folder with room that you may write"
 _SEAL = "sealed"
 _DRAFT = ".draft"
@@ -93,8 +98,12 @@ _CAUSES = {
     ),
     r"Read-only file system": "a file system is read-only: set CONVT_LAB_CACHE and TMPDIR to "
     "folders that you may write",
-    r"Cannot allocate memory|out of memory|virtual memory exhausted|Killed signal|^Killed$": (
+    r"Cannot allocate memory|out of memory|virtual memory exhausted|(Killed|Terminated) signal|"
+    r"^Killed$": (
         "the compiler ran out of memory or was killed: end other programs, or set MAX_JOBS=1"
+    ),
+    r"cannot execute '\w+'|cannot find -l(stdc\+\+|gcc\w*|m|c)(?=:|$)|crti\.o: No such file": (
+        "the C++ compiler is not whole: install g++ and binutils, and see that both are on PATH"
     ),
 }
 
@@ -171,12 +180,22 @@ def cached_library(name: str, key: Iterable[str], build: Callable[[Path], None])
     return library
 
 
+def is_kept(library: Path) -> bool:
+    """Return whether a library is still in its cache, whole; if so, it is used now."""
+    if not _is_sealed(library):
+        return False
+    _note_use(library)
+    return True
+
+
 def _build_into(folder: Path, library: Path, build: Callable[[Path], None]) -> None:
     """Build in a folder beside `folder`, and let it take `folder`'s place when it is whole."""
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=_DRAFT))
     try:
         made = draft / library.name
         build(made)
+        if not made.exists():
+            raise BuildError(f"{library.name}: the compiler reported no error and wrote nothing")
         for entry in draft.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -286,8 +305,9 @@ def prune() -> int:
 
     Deleted is what was not used for `KEPT_DAYS` (the libraries of older sources, versions and
     flags), what builds that were killed have left, and, while the cache is larger than
-    `CACHE_LIMIT`, what was not used for longest. What was used within the last hour is never
-    deleted, and a library that a process has loaded stays usable in it.
+    `CACHE_LIMIT`, what was not used for longest. Files of other names are not ours, and stay. What
+    was used within the last hour is never deleted, and a library that a process has loaded stays
+    usable in it.
 
     Returns
     -------
@@ -302,6 +322,8 @@ def prune() -> int:
     except OSError:
         return 0
     for entry in entries:
+        if not _OURS.fullmatch(entry.name):
+            continue
         path = Path(entry.path)
         try:
             if entry.name.endswith(".lock"):
@@ -310,7 +332,7 @@ def prune() -> int:
             elif entry.name.endswith(_DRAFT):
                 if now - entry.stat().st_mtime > 24 * _HOUR:
                     shutil.rmtree(path, ignore_errors=True)
-            elif (path / _SEAL).exists():  # anything else is not ours to delete
+            elif (path / _SEAL).exists():
                 found.append(((path / _SEAL).stat().st_mtime, size_of(path), path))
         except OSError:  # another process deletes too
             continue
@@ -448,11 +470,11 @@ def supervised(command: Sequence[str | Path], limit: float | None = None) -> lis
         Seconds; `build_timeout` if None.
     """
     seconds = build_timeout() if limit is None else limit
-    python = [_python(), "-I", "-S", supervise.__file__]
-    return [*python, str(os.getpid()), f"{seconds:g}", *map(str, command)]
+    start = [python(), "-I", "-S", supervise.__file__]
+    return [*start, str(os.getpid()), f"{seconds:g}", *map(str, command)]
 
 
-def _python() -> str:
+def python() -> str:
     """Return a Python to start: this one, unless it is part of another program."""
     own = sys.executable or ""
     if os.path.basename(own).startswith("python"):
@@ -486,6 +508,11 @@ def run_tool(
         If it does not run, or is not done in time.
     """
     seconds = build_timeout() if limit is None else limit
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        raise BuildError(
+            "this process ignores SIGCHLD, so no compiler's exit status reaches it: call "
+            "signal.signal(signal.SIGCHLD, signal.SIG_DFL) first"
+        )
     try:
         with no_fork():
             process = subprocess.Popen(

@@ -132,7 +132,9 @@ def try_backend(backend: str) -> Finding:
     try:
         cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
         # An empty cache beside the real one: what was built before can't hide a broken compiler.
-        with tempfile.TemporaryDirectory(prefix="trial-", dir=cache_folder()) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix="convt_lab_trial-", suffix=".draft", dir=cache_folder()
+        ) as folder:
             package = str(Path(__file__).resolve().parent.parent)
             search = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
             result = subprocess.run(

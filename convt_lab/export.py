@@ -7,10 +7,12 @@ headers inlined. Nothing here compiles or runs anything.
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from pathlib import Path
 
+from convt_lab import records
 from convt_lab.backend import KERNEL_FOLDER
 from convt_lab.problem import Problem
 from convt_lab.stages import Stage, _ConvTransposeProblem
@@ -310,5 +312,14 @@ def write(stage: Stage, file: Path, overwrite: bool = False) -> None:
         If the file can't be written; FileExistsError if it is there and may not be replaced.
     """
     text = exported_file(stage)
-    with open(file, "w" if overwrite else "x", encoding="utf-8") as opened:
-        opened.write(text)
+    if not overwrite:
+        open(file, "x").close()
+    elif os.path.exists(file) and not os.path.isfile(file):  # a device
+        Path(file).write_text(text, encoding="utf-8")
+        return
+    try:
+        records.write_text(Path(file).resolve(), text)
+    except OSError:
+        if not overwrite:
+            os.unlink(file)
+        raise

@@ -65,6 +65,7 @@ import math
 import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -513,9 +514,9 @@ class Node:
 
     def _is_number(self) -> bool:
         value = self.value
-        return (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return abs(value) <= sys.float_info.max  # an integer may have any number of digits
 
     def _at(self, name: str) -> str:
         return f"{self.place}.{name}" if self.place else name

@@ -27,11 +27,16 @@ TIMED_OUT_TEXT = "was not done in its time"
 _CANNOT_RUN = 127
 _CALLER_GONE = 125
 
+#: The exit statuses if the command did not run, and above which a signal has ended it.
+NOT_RUN = (_CANNOT_RUN, _CALLER_GONE)
+KILLED = 128
+
 
 def main(arguments: list[str]) -> int:
     """Run the command, and return its exit status (128 and its number, if a signal ended it)."""
     caller, limit, *command = arguments
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # to end at once is enough: see the guard
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how the command ended
     outer = os.getpid()
     guard = os.fork()
     if guard == 0:

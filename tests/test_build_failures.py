@@ -610,6 +610,38 @@ def test_a_tools_status_is_told(tmp_path):
         run_tool(["true"], tmp_path / "nowhere")
 
 
+def test_a_program_that_ignores_how_its_children_end(monkeypatch):
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(BuildError, match="ignores SIGCHLD"):
+            run_tool(["true"])
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_cache_that_is_deleted_is_built_again(tmp_path):
+    """Also the simulator's own part of it, which a process has loaded long since."""
+    code = """
+    import shutil, sys
+    import numpy as np
+    import convt_lab as lab
+    from convt_lab.build import cache_folder
+    for number in range(3):
+        source = f"__global__ void run(int* x) {{ x[threadIdx.x] += {number}; }}"
+        x = np.zeros(32, np.int32)
+        lab.compile(source, "simulator").launch("run", 1, 32, [x])
+        assert (x == number).all()
+        shutil.rmtree(cache_folder())
+    print("built again")
+    """
+    environment = os.environ | {"CONVT_LAB_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "built again\n", done.stderr
+
+
 @pytest.mark.parametrize("value", ["soon", "0", "-3", "nan", "inf"])
 def test_a_time_limit_that_is_none(monkeypatch, value):
     monkeypatch.setenv("CONVT_LAB_BUILD_TIMEOUT", value)
@@ -628,6 +660,10 @@ def test_a_time_limit_that_is_none(monkeypatch, value):
         ("echo 'kernel.cu:2:1: error: oops' >&2; exit 1", CompileError, r"error: oops"),
         ("printf '\\377\\n' >&2; exit 1", CompileError, r"g\+\+ refused"),
         ("echo 'g++: fatal error: Killed signal terminated program'; exit 1", BuildError, "memory"),
+        ("kill -9 $$", BuildError, "was killed: it ended with status 137"),
+        ("echo \"g++: fatal error: cannot execute 'cc1plus'\"; exit 1", BuildError, "install g++"),
+        ("echo '/usr/bin/ld: cannot find -lstdc++'; exit 1", BuildError, "install g++"),
+        ("exit 0", BuildError, "reported no error and wrote nothing"),
     ],
 )
 def test_a_host_compiler_that_fails(monkeypatch, tmp_path, compile_script, error, message):
@@ -892,8 +928,9 @@ class TestPruning:
         folder = self.made("name", -400)
         for path in folder.iterdir():
             os.utime(path, (time.time() + 400 * 86400,) * 2)
-        (cache_folder() / "name-1.x.draft").mkdir()
-        os.utime(cache_folder() / "name-1.x.draft", (time.time() + 400 * 86400,) * 2)
+        draft = cache_folder() / f"{folder.name}.x.draft"
+        draft.mkdir()
+        os.utime(draft, (time.time() + 400 * 86400,) * 2)
         assert prune() == 0
         library = cached_library("name", ["key"], lambda path: pytest.fail("it is built again"))
         assert library.parent == folder
@@ -912,21 +949,34 @@ class TestPruning:
 
     def test_what_is_not_of_the_cache_stays(self):
         self.made("name", 0)
-        mine = cache_folder() / "mine"
-        mine.mkdir()
-        (mine / "thesis.tex").touch()
-        os.utime(mine, (0, 0))
+        mine = [
+            cache_folder() / name
+            for name in (
+                "mine/thesis.tex",
+                "essay.draft/text",
+                "letters/sealed",
+                "letters/b",
+                "a.lock",
+            )
+        ]
+        for file in mine:
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
+        for path in (*mine, *(file.parent for file in mine[:-1])):
+            os.utime(path, (0, 0))
         prune()
-        assert (mine / "thesis.tex").exists()
+        assert all(file.exists() for file in mine)
 
     def test_old_drafts_go(self):
         self.made("name", 0)
-        for name, when in (("a-1.x.draft", 0), ("b-1.x.draft", time.time())):
+        old = [f"a-{'0' * 20}.x_1.draft", "convt_lab_trial-abcd_123.draft"]
+        new = f"b-{'0' * 20}.x_1.draft"
+        for name, when in ((old[0], 0), (old[1], 0), (new, time.time())):
             (cache_folder() / name).mkdir()
             os.utime(cache_folder() / name, (when, when))
         prune()
-        assert "a-1.x.draft" not in builds_left()
-        assert "b-1.x.draft" in builds_left()
+        assert not set(old) & set(builds_left())
+        assert new in builds_left()
 
 
 def test_the_files_are_private():

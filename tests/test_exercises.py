@@ -917,6 +917,17 @@ def test_a_crash_is_told_with_its_line():
     assert "integer division by zero" in text_of(check("coalesced.2", zero))
 
 
+def test_a_launcher_is_tried_wherever_the_package_was_found(monkeypatch, tmp_path):
+    """Not by its path alone, and not with what lies in the current folder."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "pickle.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    assert check("coalesced.2", lab.exercises.solution("coalesced.2")).passed
+    monkeypatch.setattr(cuda, "_TRY_LAUNCHERS", "import no_such_module")
+    with pytest.raises(lab.BuildError, match="can't try the launcher: Traceback"):
+        check("coalesced.2", lab.exercises.solution("coalesced.2"))
+
+
 def test_a_launcher_without_end_or_with_a_crash_brings_nothing_down(monkeypatch):
     fits = "if (floats <= SHARED_FLOATS) {"
     with monkeypatch.context() as patch:

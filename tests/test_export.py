@@ -6,6 +6,7 @@ Without a GPU the file's own Python runs too: nvcc's part is played by the simul
 import ast
 import contextlib
 import ctypes
+import errno
 import os
 import subprocess
 import sys
@@ -246,6 +247,23 @@ class TestWrite:
         assert file.read_text() == "mine"
         export.write(stage, file, overwrite=True)
         assert "ModelNew" in file.read_text()
+
+    def test_on_a_full_disk_no_half_is_left(self, stage, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        kept, new = tmp_path / "kept.py", tmp_path / "new.py"
+        kept.write_text("mine")
+        for file, overwrite in ((kept, True), (new, False), (new, True)):
+            with pytest.raises(OSError, match="No space left"):
+                export.write(stage, file, overwrite)
+        assert kept.read_text() == "mine"
+        assert [path.name for path in tmp_path.iterdir()] == ["kept.py"]
+
+    def test_a_device_stays_one(self, stage):
+        export.write(stage, "/dev/null", overwrite=True)
+        assert not os.path.isfile("/dev/null")
 
 
 @pytest.mark.skipif(find_toolkit() is None, reason="needs nvcc: none was found")

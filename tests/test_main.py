@@ -439,6 +439,11 @@ class TestCommandLine:
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.isascii()
 
+    def test_a_process_without_a_standard_output(self):
+        command = f"{sys.executable} -m convt_lab export coalesced >&-"
+        result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
+
     def test_a_reader_that_leaves_early_is_no_error(self):
         command = f"{sys.executable} -m convt_lab export register_blocked | head -c 1"
         result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

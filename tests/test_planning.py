@@ -9,7 +9,7 @@ import pytest
 import convt_lab as lab
 from convt_lab.program import backend_named
 from convt_lab.simulator.planning import readable_name
-from convt_lab.stages import fma_stages
+from convt_lab.stages import fma_stages, kernels
 
 SOURCE = """
 template <int N>
@@ -24,6 +24,12 @@ extern "C" cudaError_t start(float* y, int blocks, cudaStream_t stream) {
   return cudaGetLastError();
 }
 """
+
+
+def depthwise(channels, kernel_size):
+    return lab.Problem(
+        1, channels, channels, 8, 8, kernel_size=kernel_size, stride=16, groups=channels
+    )
 
 
 def plan(blocks):
@@ -72,6 +78,26 @@ def test_launches_run_again_afterwards():
 def test_an_empty_output_takes_no_launch():
     for stage in lab.stages.values():
         assert stage.launches(lab.Problem(batch=0)) == (), stage.name
+
+
+@pytest.mark.parametrize(
+    ("kernel", "refused", "taken"),
+    [
+        ("coalesced", lab.Problem(2**16 + 1, 1, 2**16, 1, 1), lab.Problem(2**15, 1, 2**15, 1, 1)),
+        ("shared_tiled", lab.Problem(2**16, 1, 2**15, 1, 1), lab.Problem(2**15, 1, 2**15, 1, 1)),
+        *(
+            (name, lab.Problem(1, 1, 1, 1, 1, (65600, n), padding=(0, 16383)), lab.Problem())
+            for name, n in (("register_blocked", 32768), ("tensor_core", 32767))
+        ),
+        ("tensor_core_split", depthwise(448, 224), depthwise(440, 224)),
+        ("tensor_core_narrow", depthwise(40000, 96), depthwise(36000, 96)),
+    ],
+)
+def test_more_than_32_bits_count_is_refused(kernel, refused, taken):
+    """Blocks of a grid; a packed weight's vectors."""
+    with pytest.raises(lab.KernelError, match="invalid"):
+        kernels[kernel].launches(refused)
+    assert kernels[kernel].launches(taken)
 
 
 @pytest.mark.parametrize("stage", lab.stages.values(), ids=lambda stage: stage.name)

@@ -177,6 +177,7 @@ CORRUPTIONS = [
     ("gpu.memory_bytes", 1.5, "gpu.memory_bytes = 1.5: must be an integer of at least 1"),
     ("gpu.l2_bytes", -1, "gpu.l2_bytes = -1: must be an integer of at least 0"),
     ("gpu.power_limit_watts", 0, "gpu.power_limit_watts = 0: must be a finite number above 0"),
+    ("gpu.power_limit_watts", 10**400, "must be a finite number above 0"),
     ("gpu.max_sm_clock_mhz", "fast", 'gpu.max_sm_clock_mhz = "fast": must be a finite number'),
     ("gpu.driver", 580, "gpu.driver = 580: must be a text"),
     ("software.cudnn", None, "software.cudnn = null: must be a text"),

@@ -2,6 +2,7 @@
 
 import bisect
 import ctypes
+import signal
 import subprocess
 import sys
 import textwrap
@@ -676,6 +677,42 @@ class TestFaults:
             block=32,
         )
 
+    def test_a_mask_without_the_lane_that_calls(self):
+        source = "__global__ void run() { __shfl_sync(0xFFFF, threadIdx.x, 3); }"
+        self.check(source, "the mask 0x0000ffff is without the lane that calls, 16", block=32)
+
+    @pytest.mark.parametrize("copy", ["s, x, 12", "s, x, 2", "s, x + 1, 8", "s + 1, x, 16"])
+    def test_an_asynchronous_copy_that_is_none(self, copy):
+        source = f"""
+        #include <cuda_pipeline.h>
+        __global__ void run(float* x) {{
+          __shared__ float4 memory[4];
+          float* s = reinterpret_cast<float*>(memory);
+          __pipeline_memcpy_async({copy});
+          *x = *s;
+        }}"""
+        with pytest.raises(lab.KernelError, match="4, 8 or 16 bytes, from and to multiples"):
+            launch(source, 1, 1, [np.zeros(16, np.float32)])
+
+    def test_signals_that_the_program_blocks(self, monkeypatch):
+        """Faults and the limit come as signals."""
+        source = """
+        __global__ void far(float* x) { x[100000] = 1; }
+        __global__ void forever(volatile float* x) { while (*x == 0) {} }
+        """
+        program, x = lab.compile(source, "simulator"), np.zeros(4, np.float32)
+        monkeypatch.setenv("CONVT_LAB_LAUNCH_TIMEOUT", "0.5")
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            with pytest.raises(lab.KernelError, match="past the end of 'x'"):
+                program.launch("far", 1, 1, [x])
+            with pytest.raises(lab.KernelError, match="longer than it may"):
+                program.launch("forever", 1, 1, [x])
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        assert signal.SIGSEGV in blocked
+
     def test_arrays_keep_their_values_when_a_launch_fails(self):
         x = np.arange(4, dtype=np.float32)
         with pytest.raises(lab.KernelError):
@@ -797,6 +834,20 @@ class TestFaults:
         source = "__global__ void run(int* x) { __shared__ int a[1000]; a[*x] = 1; *x = a[0]; }"
         with pytest.raises(lab.KernelError, match="4000 static, 230000 dynamic"):
             launch(source, 1, 1, [np.zeros(1, np.int32)], shared_bytes=230000)
+
+
+def test_functions_of_c_have_cplusplus_types():
+    """`abs` of C is an int's; nvcc has one for each type."""
+    source = """
+    __global__ void run(const float* x, double* y) {
+      y[0] = abs(x[0]);
+      y[1] = abs(-5000000000ll);
+      y[2] = isnan(x[1]) + 2 * isinf(x[2]) + 4 * isfinite(x[0]) + 8 * signbit(x[0]);
+      y[3] = sizeof(sqrt(x[0]));
+    }"""
+    y = np.zeros(4)
+    launch(source, 1, 1, [np.array([-2.5, np.nan, np.inf], np.float32), y])
+    assert y.tolist() == [2.5, 5e9, 15, 4]
 
 
 def test_pairs_of_float16_are_rounded_and_compared():
@@ -1160,6 +1211,62 @@ except lab.KernelError as error:
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+
+FORKED_BESIDE_LAUNCHES = """
+import os, threading, time
+import numpy as np
+import convt_lab as lab
+
+program = lab.compile("__global__ void run(int* x) { x[threadIdx.x] += 2; }", "simulator")
+is_over = False
+
+def launch():
+    x = np.zeros(32, np.int32)
+    program.launch("run", 1, 32, [x])
+    assert (x == 2).all()
+
+def launch_on():
+    while not is_over:
+        launch()
+
+threads = [threading.Thread(target=launch_on) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(150):
+    child = os.fork()
+    if child == 0:
+        launch()
+        os._exit(0)
+    deadline = time.monotonic() + 10
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+        time.sleep(0.001)
+    assert done[1] == 0, "the child hangs"
+is_over = True
+print("all came back")
+"""
+
+
+def test_a_fork_beside_other_threads_launches():
+    """A lock that one of them held would never be let go in the child."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED_BESIDE_LAUNCHES],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.stdout == "all came back\n", done.stderr
+
+
+def test_without_binutils_a_trace_says_what_is_missing(monkeypatch):
+    program = lab.compile("__global__ void run(int* x) { *x = 31415; }", "simulator")
+    x = np.zeros(1, np.int32)
+    program.launch("run", 1, 1, [x], trace=True)
+    again = lab.compile("__global__ void run(int* x) { *x = 27182; }", "simulator")
+    assert again._instrumented
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(lab.BuildError, match=r"readelf does not run .* install binutils"):
+        again.launch("run", 1, 1, [x], trace=True)
 
 
 def test_a_fork_stops_its_launches_too():

@@ -9,6 +9,7 @@ problem against the exercise's budgets. A GPU is asked only after the simulator 
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 import signal
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from convt_lab import figures, reference
-from convt_lab.build import BuildError
+from convt_lab.build import BuildError, python
 from convt_lab.errors import CompileError, KernelError
 from convt_lab.exercises.exercise import Exercise, Result, Source, edited, first_wrong
 from convt_lab.problem import Problem
@@ -390,6 +391,7 @@ _TRY_LAUNCHERS = """
 import pickle, sys
 from convt_lab.exercises import cuda
 stage, text, problems = pickle.load(sys.stdin.buffer)
+print("the begin", end=" ", flush=True)
 try:
     for problem in problems:
         cuda._Answer(stage, "", text=text).launches(problem)
@@ -469,7 +471,9 @@ class StageExercise(_CudaExercise):
             return None
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _TRY_LAUNCHERS],
+                # As this process finds modules, and not what lies in the current folder.
+                [python(), "-P", "-c", _TRY_LAUNCHERS],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 input=pickle.dumps((self.stage, str(text), self.problems)),
                 capture_output=True,
                 timeout=HOST_SECONDS,
@@ -479,6 +483,9 @@ class StageExercise(_CudaExercise):
                 f"The launcher {self.stage!r} has not come to an end after {HOST_SECONDS:g} "
                 "seconds, with no kernel run: a loop in the code for the CPU runs for ever."
             )
+        if not done.stdout.startswith(b"the begin"):
+            said = done.stderr.decode(errors="replace").strip()
+            raise BuildError(f"a new Python can't try the launcher: {said[-500:]}")
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             return f"The launcher {self.stage!r} crashes ({name}) before any kernel runs."

@@ -73,6 +73,11 @@ __device__ __forceinline__ float sum_of_taps(const T* __restrict__ planes,
   return sum;
 }
 
+// It counts the taps of one filter in 32 bits.
+inline bool can_sum_taps(const ConvTransposeProblem& p) {
+  return static_cast<int64_t>(p.kernel_h) * p.kernel_w <= INT32_MAX;
+}
+
 // The same for an input [N, C, H, W].
 template <class T>
 __device__ __forceinline__ float sum_of_taps(const T* __restrict__ planes,

@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(THREADS, 4)
   float sum = 0.0f;
   for (int ci = 0; ci < group_in; ++ci) {
     for (int th = 0; th < vertical.count; ++th) {
-      const int64_t h = vertical.i - th * rows.i_step;
+      const int64_t h = vertical.i - th * rows.i_step, kh = vertical.k + th * rows.k_step;
       const float* x = plane + h * p.width + horizontal.i;
-      const float* w = filter + (vertical.k + th * rows.k_step) * p.kernel_w + horizontal.k;
+      const float* w = filter + kh * p.kernel_w + horizontal.k;
       // Not unrolled: lanes that take 4 taps and lanes that take 3 then stay together.
 #pragma unroll 1
       for (int tw = 0; tw < horizontal.count; ++tw) {
@@ -66,6 +66,7 @@ extern "C" cudaError_t coalesced(const float* input, const float* weight, const 
   const auto tiles_h = static_cast<int>(ceil_div(p.out_height, TILE_H));
   const auto tiles_w = static_cast<int>(ceil_div(p.out_width, TILE_W));
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.out_channels * tiles_h * tiles_w;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   coalesced_kernel<<<static_cast<unsigned>(blocks), dim3(TILE_W, TILE_H), 0, stream>>>(
       input, weight, bias, output, p, rows_of(p), columns_of(p), tiles_h, tiles_w);
   return cudaGetLastError();

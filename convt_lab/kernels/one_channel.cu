@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(THREADS, KH* KW > 40 ? 1 : 2)
   if (digits >= static_cast<unsigned>(p.batch) * p.out_channels || ow >= p.out_width) return;
   const int channel = digits % p.out_channels;
   const T* const plane = input + static_cast<int64_t>(digits) * p.height * p.width;
-  const T* const filter = weight + channel * (KH * KW);
+  const T* const filter = weight + static_cast<int64_t>(channel) * (KH * KW);
   T* const out = output + static_cast<int64_t>(digits) * p.out_height * p.out_width;
 
   float weights[KH][KW];

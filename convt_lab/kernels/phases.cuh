@@ -737,7 +737,7 @@ static cudaError_t launch(const float* input, const float* weight, const float* 
   const int64_t outputs =
       static_cast<int64_t>(p.batch) * p.out_channels * p.out_height * p.out_width;
   const int64_t blocks = ceil_div(outputs, THREADS);
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (blocks > INT32_MAX || !can_sum_taps(p)) return cudaErrorInvalidConfiguration;
   register_blocked_any_kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(
       input, weight, bias, output, p, rows, columns);
   return cudaGetLastError();

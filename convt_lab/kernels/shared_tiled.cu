@@ -177,6 +177,7 @@ extern "C" cudaError_t shared_tiled(const float* input, const float* weight, con
   const auto tiles_h = static_cast<int>(ceil_div(p.out_height, TILE_H));
   const auto tiles_w = static_cast<int>(ceil_div(p.out_width, TILE_W));
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.out_channels * tiles_h * tiles_w;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   shared_tiled_kernel<<<static_cast<unsigned>(blocks), dim3(TILE_W, TILE_H),
                         chunk.floats() * sizeof(float), stream>>>(
       input, weight, bias, output, p, rows, columns, tiles_h, tiles_w, chunk);

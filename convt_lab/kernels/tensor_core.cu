@@ -322,6 +322,7 @@ static unsigned plan(const ConvTransposeProblem& p, const Axis& rows, const Axis
 template <class T>
 static cudaError_t launch(const T* input, const T* weight, const T* bias, T* output,
                           const ConvTransposeProblem& p, cudaStream_t stream) {
+  if (!can_sum_taps(p)) return cudaErrorInvalidConfiguration;
   const Axis rows = rows_of(p), columns = columns_of(p);
   Tiles tiles;
   if (const unsigned blocks = plan<T>(p, rows, columns, tiles)) {

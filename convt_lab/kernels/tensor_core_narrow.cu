@@ -347,7 +347,8 @@ cudaError_t launch_tiles(const T* input, const T* weight, const T* bias, T* outp
                          const ConvTransposeProblem& p, const Axis& rows, const Axis& columns,
                          const Plan& plan, std::size_t shared_bytes, cudaStream_t stream) {
   const int64_t packing = p.groups * ceil_div(shares_of(plan, TILES_N), THREADS);
-  if (packing > INT32_MAX / 4) return cudaErrorInvalidValue;
+  const int64_t vectors = p.groups * shares_of(plan, TILES_N) * Split<T>::PARTS;
+  if (packing > INT32_MAX / 4 || vectors > UINT32_MAX) return cudaErrorInvalidValue;
   tensor_core_narrow_pack_kernel<T, TILES_N>
       <<<static_cast<unsigned>(packing), THREADS, 0, stream>>>(weight, static_cast<uint2*>(packed),
                                                                p, rows, columns, plan);

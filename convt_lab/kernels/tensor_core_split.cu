@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int pixel = share.warp_n * WARP_PIXELS + j * 8 + g;
       places[j] = (plan.tile.input_of(pixel) + shift) * INPUT_BYTES<T> + t * 8;
     }
-    // As an offset: in 16 bytes, 32 bits are enough for any weights.
+    // As an offset of 32 bits, in 16 bytes.
     const unsigned first =
         (share.group * plan.phases_h + max(share.phase_h, 0)) * plan.phases_w + share.phase_w;
     unsigned a_of_tap =
@@ -417,7 +417,11 @@ cudaError_t launch(const T* input, const T* weight, const T* bias, T* output, vo
   plan.is_aligned = LAST && is_aligned_last(input, p);
   const int64_t packers = ceil_div(shares_of(plan), PACKED_AT_ONCE * THREADS);
   const int64_t packing = packers * owners_of(p, plan);
-  if (packing > INT32_MAX / (4 * PACKED_AT_ONCE)) return cudaErrorInvalidValue;  // 32 bits are used
+  const int64_t vectors = owners_of(p, plan) * shares_of(plan) * Split<T>::PARTS;
+  // 32 bits are used.
+  if (packing > INT32_MAX / (4 * PACKED_AT_ONCE) || vectors > UINT32_MAX) {
+    return cudaErrorInvalidValue;
+  }
   tensor_core_split_pack_kernel<T><<<static_cast<unsigned>(packing), THREADS, 0, stream>>>(
       weight, static_cast<uint4*>(packed), p, rows, columns, plan, static_cast<int>(packers));
   cudaError_t error = cudaGetLastError();

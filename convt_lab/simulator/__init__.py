@@ -15,11 +15,13 @@ import os
 import platform
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from convt_lab import supervise
 from convt_lab.backend import (
     SOURCE_NAME,
     Array,
@@ -32,13 +34,14 @@ from convt_lab.backend import (
 from convt_lab.build import (
     BuildError,
     cached_library,
+    is_kept,
     load_library,
     outside_cause,
     run_tool,
     seconds_of,
     tool_identity,
 )
-from convt_lab.errors import KernelError
+from convt_lab.errors import CompileError, KernelError
 from convt_lab.simulator.planning import Launch, plan
 from convt_lab.simulator.report import Report
 from convt_lab.simulator.tracing import declare, trace
@@ -144,6 +147,9 @@ def _compile(
             status, output = run_tool(command, library.parent)
             if cause := status != 0 and outside_cause(output):
                 raise BuildError(f"{compiler} failed: {cause}")
+            if status in supervise.NOT_RUN or status > supervise.KILLED:
+                what = output.strip() or f"it ended with status {status}"
+                raise BuildError(f"{compiler} does not run, or was killed: {what}")
             if status != 0:
                 raise undefined_error(output) or compile_error("g++", output)
 
@@ -152,12 +158,22 @@ def _compile(
     return cached_library(name, key, build)
 
 
-@functools.cache
 def _runtime_path() -> Path:
+    """Return the runtime's library, the same in all of this process's life."""
+    if not is_kept(_built_runtime()):  # the user or another process has deleted it
+        _built_runtime.cache_clear()
+    return _built_runtime()
+
+
+@functools.cache
+def _built_runtime() -> Path:
     headers = {
         name: (_FOLDER / name).read_text() for name in ("runtime.h", "symbols.h", "tracer.h")
     }
-    return _compile("runtime", (_FOLDER / "runtime.cpp").read_text(), ["-I."], headers)
+    try:
+        return _compile("runtime", (_FOLDER / "runtime.cpp").read_text(), ["-I."], headers)
+    except CompileError as error:
+        raise BuildError(f"{find_compiler()} can't compile the simulator: {error}") from error
 
 
 @functools.cache
@@ -209,7 +225,8 @@ class Simulator(Backend):
     name = "simulator"
 
     def __init__(self) -> None:
-        self._lent: list[tuple[str, int, int]] = []  # name, address, bytes of the launch under way
+        # Of each thread's launch under way, as `lent`: name, address and bytes of its arrays.
+        self._thread = threading.local()
 
     def build(self, name: str, source: str, *, traced: bool = False) -> ctypes.CDLL:
         """Compile with g++ against the simulator's headers and runtime."""
@@ -293,7 +310,7 @@ class Simulator(Backend):
                 span = next(s for s in reversed(spans) if s[0] <= array.address)
                 return span[2] + array.address - span[0]
 
-            self._lent = [(a.name, copy_of(a), a.nbytes) for a in present]
+            self._thread.lent = [(a.name, copy_of(a), a.nbytes) for a in present]
             yield [0 if a is None else copy_of(a) for a in arrays]
             place = ctypes.c_longlong()
             for start, end, copy in spans:
@@ -341,7 +358,7 @@ class Simulator(Backend):
 
         if address < 4096:
             return f"address {address:#x} (a null pointer)"
-        nearest = min(self._lent, key=distance, default=None)
+        nearest = min(getattr(self._thread, "lent", ()), key=distance, default=None)
         if nearest is None or distance(nearest) > _REACH:
             return f"address {address:#x}"
         name, start, nbytes = nearest

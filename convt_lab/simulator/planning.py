@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from convt_lab.simulator import binutils
 
 __all__ = ["Launch", "plan", "readable_name"]
 
@@ -59,9 +60,7 @@ def readable_name(symbol: str) -> str:
 
     ``_Z4fillILi1EEvPf`` is ``fill<1>``.
     """
-    command = ["c++filt", "--no-params", symbol]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return output.strip().removeprefix("void ")
+    return binutils.ask("c++filt", "--no-params", symbol).strip().removeprefix("void ")
 
 
 @contextmanager
@@ -91,6 +90,5 @@ def _functions(library: ctypes.CDLL, addresses: list[int]) -> dict[int, str]:
     if not addresses:
         return {}
     distinct = sorted(set(addresses))
-    command = ["addr2line", "-f", "-e", library._name, *map(hex, distinct)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = binutils.ask("addr2line", "-f", "-e", library._name, *map(hex, distinct))
     return dict(zip(distinct, output.splitlines()[::2], strict=True))  # name, then file and line

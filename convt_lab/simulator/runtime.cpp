@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -333,8 +334,12 @@ char* tls_block(std::size_t module) {
   return static_cast<char*>(__tls_get_addr(&index.module));
 }
 
+// Held while the loader's own lock is, so that no process is forked then.
+std::mutex library_mutex;
+
 // Finds the library that holds `address`.
 Library find_library(const void* address) {
+  std::lock_guard<std::mutex> lock(library_mutex);
   struct Search {
     std::uintptr_t address;
     Library found;
@@ -558,8 +563,14 @@ void Worker::release_barrier_if_complete() {
 
 std::uint32_t Worker::exchange(std::uint32_t mask, std::uint64_t value, std::uint64_t* lanes) {
   Thread& thread = threads_[current_];
+  if ((mask >> (current_ % kWarpSize) & 1) == 0) {
+    char text[80];
+    std::snprintf(text, sizeof(text), "the mask 0x%08x is without the lane that calls, %d", mask,
+                  current_ % kWarpSize);
+    abort(CUDASIM_TRAP, 0, text);
+  }
   thread.state = State::kInWarp;
-  thread.mask = mask | (1u << (current_ % kWarpSize));
+  thread.mask = mask;
   thread.value = value;
   thread.lanes = lanes;
   release_warp_if_complete(current_ / kWarpSize);
@@ -648,9 +659,9 @@ class NewHandler {
     if (before == nullptr) throw std::bad_alloc();
     before();
   }
+  static std::mutex mutex;
 
  private:
-  static std::mutex mutex;
   static int launches;
   static std::new_handler before;
 };
@@ -688,9 +699,9 @@ class SignalGuard {
     if (now.sa_sigaction == handler_) sigaction(signal_, &before[signal_], nullptr);
   }
   static const struct sigaction& replaced(int signal) { return before[signal]; }
+  static std::mutex mutex;
 
  private:
-  static std::mutex mutex;
   static int users[NSIG];
   static struct sigaction before[NSIG];
   const int signal_;
@@ -908,6 +919,23 @@ struct FaultHandlers {
   const SignalGuard arithmetic{SIGFPE, on_fault}, trap{SIGILL, on_fault};
 };
 
+// Lets this thread have the signals that a launch needs, though the program may have blocked them.
+class NeededSignals {
+ public:
+  NeededSignals() {
+    sigset_t needed;
+    sigemptyset(&needed);
+    for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, stop_signal()}) {
+      sigaddset(&needed, signal);
+    }
+    pthread_sigmask(SIG_UNBLOCK, &needed, &before_);
+  }
+  ~NeededSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
 // The call instruction in the kernel's library that led to the function at hand.
 #define CUDASIM_CALLER (reinterpret_cast<std::uint64_t>(__builtin_return_address(0)) - 1)
 
@@ -988,6 +1016,22 @@ bool is_refused(const CudasimLaunch& launch) {
   return true;
 }
 
+// A process is forked while no thread holds a lock: in the child nobody would let it go.
+struct ForkGuard {
+  ForkGuard() { pthread_atfork(lock_all, let_go_of_all, let_go_of_all); }
+  static void lock_all() {
+    for (std::mutex* mutex : locks()) mutex->lock();
+  }
+  static void let_go_of_all() {
+    for (std::mutex* mutex : locks()) mutex->unlock();
+  }
+  // In the order in which one is taken under another.
+  static std::array<std::mutex*, 5> locks() {
+    return {&kernels_mutex, &library_mutex, &reservations_mutex, &SignalGuard::mutex,
+            &NewHandler::mutex};
+  }
+} fork_guard;
+
 }  // namespace
 
 extern "C" {
@@ -1052,6 +1096,7 @@ void cudasim_launch(const CudasimLaunch* launch) {
     }
   };
   const auto work = [&] {
+    const NeededSignals signals;
     watch.enter();
     try {
       run();

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from convt_lab.backend import SOURCE_NAME, Array
+from convt_lab.simulator import binutils
 from convt_lab.simulator.report import BufferUse, Hazard, Report, Request, Site, totals_of
 from convt_lab.simulator.translate import mask_comments_and_strings
 
@@ -299,8 +299,7 @@ def _lines(library: Path, addresses: tuple[int, ...]) -> dict[int, int]:
     """
     if not addresses:
         return {}
-    command = ["addr2line", "-a", "-i", "-e", str(library), *map(hex, addresses)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = binutils.ask("addr2line", "-a", "-i", "-e", str(library), *map(hex, addresses))
     lines: dict[int, int] = {}
     current, settled = 0, False
     for text in output.splitlines():
@@ -319,8 +318,7 @@ def _lines(library: Path, addresses: tuple[int, ...]) -> dict[int, int]:
 @functools.lru_cache(maxsize=512)
 def _static_shared_arrays(library: Path) -> tuple[tuple[str, int, int], ...]:
     """Return name, place and bytes of the library's thread-local variables, its shared arrays."""
-    command = ["readelf", "--symbols", "--wide", "--demangle", str(library)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = binutils.ask("readelf", "--symbols", "--wide", "--demangle", str(library))
     found = set()
     for text in output.splitlines():
         match = re.match(

@@ -7,6 +7,11 @@
 
 __forceinline__ void __pipeline_memcpy_async(void* shared, const void* global, std::size_t bytes,
                                              std::size_t zero_fill = 0) {
+  const auto places =
+      reinterpret_cast<std::uintptr_t>(shared) | reinterpret_cast<std::uintptr_t>(global);
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || places % bytes != 0 || zero_fill > bytes) {
+    cudasim_trap("an asynchronous copy is of 4, 8 or 16 bytes, from and to multiples of so many");
+  }
   const std::size_t copied = bytes - zero_fill;
   if (bytes == 4 && copied == 4) {
     *static_cast<float*>(shared) = *static_cast<const float*>(global);

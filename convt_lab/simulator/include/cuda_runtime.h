@@ -6,6 +6,10 @@
 
 #pragma once
 
+// The C library's names, with C++'s overloads for each type: `abs` of a float is one.
+#include <math.h>
+#include <stdlib.h>
+
 #include <algorithm>
 #include <cfloat>
 #include <climits>
