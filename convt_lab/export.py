@@ -313,13 +313,13 @@ def write(stage: Stage, file: Path, overwrite: bool = False) -> None:
     """
     text = exported_file(stage)
     if not overwrite:
-        open(file, "x").close()
+        open(file, "x").close()  # it is this call's from here on
     elif os.path.exists(file) and not os.path.isfile(file):  # a device
         Path(file).write_text(text, encoding="utf-8")
         return
     try:
         records.write_text(Path(file).resolve(), text)
-    except OSError:
+    except BaseException:
         if not overwrite:
             os.unlink(file)
         raise

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import convt_lab as lab
 from convt_lab.distributed import RowPlan, conv_transpose2d_rows
 from convt_lab.reference import scatter
-from convt_lab.stages import Kernel, kernels
+from convt_lab.stages import kernels
 
 #: Seconds that one call may take.
 PATIENCE = 5.0
@@ -291,7 +291,7 @@ def rung(rng):
     told = f"{stage.name}.{ask} {arguments} {keywords}: {told_of(ours)}"
     if isinstance(ours, Exception):
         return isinstance(ours, ERRORS), seconds, told
-    kind = {"kernel_for": Kernel, "variant": str, "launches": tuple, "packed_bytes": int}[ask]
+    kind = {"kernel_for": type(stage), "variant": str, "launches": tuple, "packed_bytes": int}[ask]
     return isinstance(ours, kind), seconds, told
 
 

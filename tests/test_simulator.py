@@ -805,6 +805,22 @@ class TestFaults:
             go(227 * 1024 - 12004, 4)
         go(180 * 1024, 180 * 1024)
 
+    def test_what_lambdas_and_kernels_with_c_linkage_declare(self):
+        source = """
+        extern "C" __global__ void plain(int* x) { __shared__ int s[32]; s[*x] = 1; *x = s[0]; }
+        __global__ void run(int* x) {
+          const auto inner = [&] { __shared__ int s[15]; s[*x] = 2; return s[0]; };
+          *x = inner();
+        }
+        extern "C" int declared(int which) {
+          cudaFuncAttributes of;
+          (void)(which == 0 ? cudaFuncGetAttributes(&of, plain) : cudaFuncGetAttributes(&of, run));
+          return of.sharedSizeBytes;
+        }
+        """
+        library = lab.compile(source, "simulator").library
+        assert [library.declared(i) for i in range(2)] == [128, 60]
+
     def test_more_declared_than_nvcc_takes(self):
         source = "__global__ void run(int* x) { __shared__ int a[12289]; a[*x] = 1; *x = a[0]; }"
         with pytest.raises(lab.KernelError, match="49156 bytes of shared memory"):

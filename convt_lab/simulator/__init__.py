@@ -337,6 +337,7 @@ class Simulator(Backend):
     def error(self, library: ctypes.CDLL, code: int, kernel: str) -> KernelError:
         """Describe the failed launch: which thread did what to which buffer."""
         failure = _runtime().cudasim_failure().contents
+        # Asked for in any case, so that the error is not told once more.
         words, text = error_string(library, code), failure.text.decode()
         if failure.kind == _Failure.NONE:  # no launch failed: the launcher itself gave up
             return KernelError(f"{kernel} failed: {words} (CUDA error {code})")

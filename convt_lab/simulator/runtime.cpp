@@ -962,7 +962,7 @@ CudasimSharedMemory& shared_memory_of(const void* kernel) {  // under the mutex
 }
 
 // Notes an error and what there is to say of it, unless an earlier one is still to be taken.
-int refuse(int error, const CudasimFailure& failure) {
+int note_error(int error, const CudasimFailure& failure) {
   if (pending_error == 0) {
     pending_error = error;
     last_failure = failure;
@@ -1012,7 +1012,7 @@ bool is_refused(const CudasimLaunch& launch) {
   } else {
     return false;
   }
-  refuse(error, failure);
+  note_error(error, failure);
   return true;
 }
 
@@ -1057,8 +1057,7 @@ void cudasim_launch(const CudasimLaunch* launch) {
                   "block %llu cannot be traced: the grid has %llu blocks",
                   static_cast<unsigned long long>(traced_blocks.back()),
                   static_cast<unsigned long long>(grid_blocks));
-    last_failure = failure;
-    pending_error = kInvalidConfiguration;
+    note_error(kInvalidConfiguration, failure);
     return;
   }
   const bool some = tracer != nullptr && !traced_blocks.empty();
@@ -1122,10 +1121,7 @@ void cudasim_launch(const CudasimLaunch* launch) {
     failure.kind = CUDASIM_STOPPED;
     std::snprintf(failure.text, sizeof(failure.text), "%s", watch.reason());
   }
-  if (failure.kind != CUDASIM_NONE && pending_error == 0) {
-    pending_error = kLaunchFailure;
-    last_failure = failure;
-  }
+  if (failure.kind != CUDASIM_NONE) note_error(kLaunchFailure, failure);
 }
 
 int cudasim_peek_error() { return pending_error; }
@@ -1160,7 +1156,7 @@ int cudasim_allow_shared_bytes(const void* kernel, std::size_t bytes) {
   CudasimSharedMemory& shared = shared_memory_of(kernel);
   CudasimFailure failure{};
   failure.kind = CUDASIM_BAD_CONFIGURATION;
-  if (is_too_much(shared.declared, bytes, failure)) return refuse(kInvalidValue, failure);
+  if (is_too_much(shared.declared, bytes, failure)) return note_error(kInvalidValue, failure);
   shared.allowed = bytes;
   return 0;
 }
